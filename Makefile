@@ -1,0 +1,34 @@
+# `make demo` and `make test` need git, make, a C++ compiler (torch.compile) and Python >= 3.11.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STEPS  ?=
+SEED   ?= 0
+OUTPUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)-seed$(SEED)
+STAMP  := $(VENV)/.installed
+
+.PHONY: demo test test-slow lint clean
+
+demo: $(STAMP)
+	$(BIN)/python -m examples.lm_rlhf.train --seed $(SEED) $(if $(STEPS),--steps $(STEPS)) --output $(OUTPUT)
+
+test: $(STAMP) lint
+	$(BIN)/python -m pytest -m "not slow" --doctest-modules safe_ops safe_rl tests
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow tests
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check
+
+# The stamp is newer than what it was made from, so a second call installs nothing.
+$(STAMP): constraints.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --no-deps -r constraints.txt
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) build *.egg-info
