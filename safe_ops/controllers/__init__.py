@@ -1,0 +1,28 @@
+"""Control laws, and the module that holds the state of one."""
+
+from safe_ops.controllers.adaptive_kl import AdaptiveKL, AdaptiveKLState
+from safe_ops.controllers.base import ControlLaw, Controller, flatten_state
+from safe_ops.controllers.ema import EMA, EMAState
+from safe_ops.controllers.entropy_gated import EntropyGatedKL, EntropyGatedKLState
+from safe_ops.controllers.momentum import Momentum, MomentumState
+from safe_ops.controllers.phase import PHASE_NAMES, Phase, PhaseState
+from safe_ops.controllers.pid import PID, PIDState
+
+__all__ = [
+    "EMA",
+    "PHASE_NAMES",
+    "PID",
+    "AdaptiveKL",
+    "AdaptiveKLState",
+    "ControlLaw",
+    "Controller",
+    "EMAState",
+    "EntropyGatedKL",
+    "EntropyGatedKLState",
+    "Momentum",
+    "MomentumState",
+    "PIDState",
+    "Phase",
+    "PhaseState",
+    "flatten_state",
+]

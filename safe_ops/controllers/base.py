@@ -1,0 +1,267 @@
+"""What a control law is, and the module that keeps its state."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, Generic, Protocol, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+StateT = TypeVar("StateT", bound=tuple)
+
+
+class ControlLaw(Protocol[StateT]):
+    """A frozen dataclass of gains, with its state passed in and out.
+
+        state = law.init();  state = law.update(state, kl=..., ...)
+
+    ``update`` is pure and reads its measurements (floats or 0-d tensors, already reduced over
+    tokens and ranks) by keyword. The state is a NamedTuple, possibly nested: float32 tensors, 0-d
+    but for ring buffers [W], and int64 counts. ``step`` counts the updates taken in, ``non_finite``
+    those refused: a measurement that is NaN or infinite holds the state.
+
+    Example:
+        >>> from safe_ops.controllers import EMA
+        >>> law = EMA(decay=0.5)
+        >>> law.update(law.init(), value=2.0).value
+        tensor(2.)
+    """
+
+    def init(self) -> StateT:
+        """The state before the first update."""
+        ...
+
+    # The parameters differ from law to law; a Callable of them is what they share.
+    @property
+    def update(self) -> Callable[..., StateT]:
+        """``update(state, *, ...) -> state``, pure."""
+        ...
+
+
+class Controller(nn.Module, Generic[StateT]):
+    """A law and its state, as a module: the state is in buffers, so in ``state_dict``.
+
+    Call it once per rollout with the law's measurements; it takes one step and returns the new
+    state. Buffers are named as by ``flatten_state``. The module moves between devices, but its
+    state is never cast: in bfloat16 an average of decay 0.99 does not move.
+
+    Args:
+        law: A ``ControlLaw``.
+
+    Raises:
+        TypeError: A measurement is missing, misspelt, or neither a float nor a 0-d tensor.
+        ValueError: A measurement was not reduced to one number.
+
+    Example:
+        >>> from safe_ops.controllers import AdaptiveKL
+        >>> controller = Controller(AdaptiveKL(target=0.1, initial_coef=1.0))
+        >>> controller(kl=0.5).coef
+        tensor(1.0200)
+        >>> list(controller.state_dict())
+        ['coef', 'error', 'step', 'non_finite']
+    """
+
+    def __init__(self, law: ControlLaw[StateT]) -> None:
+        super().__init__()
+        self.law = law
+        state = law.init()
+        self._structure = _structure(state)
+        for name, leaf in flatten_state(state).items():
+            self.register_buffer(name, leaf.clone())
+        parameters = [
+            p
+            for p in inspect.signature(law.update).parameters.values()
+            if p.kind is inspect.Parameter.KEYWORD_ONLY
+        ]
+        self.measurements: tuple[str, ...] = tuple(p.name for p in parameters)
+        self._required = tuple(p.name for p in parameters if p.default is inspect.Parameter.empty)
+
+    @property
+    def state(self) -> StateT:
+        """The current state, as clones: later calls do not change it."""
+        return self._read(self._structure)
+
+    @torch.no_grad()
+    def forward(self, **measurements: float | Tensor) -> StateT:
+        """Take one step of the law; returns the new state."""
+        self._check_names(measurements)
+        new = self.law.update(self.state, **measurements)
+        for name, leaf in flatten_state(new).items():
+            self.get_buffer(name).copy_(leaf)
+        return new
+
+    def extra_repr(self) -> str:
+        """The law."""
+        return repr(self.law)
+
+    def _check_names(self, measurements: dict[str, Any]) -> None:
+        missing = [name for name in self._required if name not in measurements]
+        unknown = [name for name in measurements if name not in self.measurements]
+        if missing or unknown:
+            raise TypeError(
+                f"{type(self.law).__name__} needs the measurements {', '.join(self._required)}; "
+                f"missing: {', '.join(missing) or 'none'}, unknown: {', '.join(unknown) or 'none'}"
+            )
+
+    def _read(self, structure: tuple) -> StateT:
+        kind, parts = structure
+        return kind(
+            *[
+                self.get_buffer(part).clone() if isinstance(part, str) else self._read(part)
+                for part in parts
+            ]
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Controller[StateT]":
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return cast("Controller[StateT]", super()._apply(move, recurse))
+
+
+def flatten_state(state: tuple) -> dict[str, Tensor]:
+    """A state as one flat table: what a log writes, what a checkpoint holds.
+
+    A nested field is named ``outer__inner``: a dot cannot stand in the name of a buffer.
+
+    Args:
+        state: A NamedTuple of tensors and such NamedTuples.
+
+    Returns:
+        Name to tensor, in the order of the fields; the tensors themselves, not copies.
+
+    Example:
+        >>> from safe_ops.controllers import EMA
+        >>> list(flatten_state(EMA().init()))
+        ['value', 'weight', 'step', 'non_finite']
+    """
+    flat: dict[str, Tensor] = {}
+    for name, value in zip(_fields(state), state, strict=True):
+        if isinstance(value, Tensor):
+            flat[name] = value
+        else:
+            for inner, leaf in flatten_state(value).items():
+                flat[f"{name}__{inner}"] = leaf
+    return flat
+
+
+def measurement(name: str, value: float | Tensor, *, like: Tensor) -> Tensor:
+    """A measurement as a law computes with it: float32, 0-d, detached, on the state's device.
+
+    Args:
+        name: What errors call it.
+        value: A float or a 0-d tensor; NaN and infinities pass, the law refuses them.
+        like: A tensor of the state, for its device.
+
+    Returns:
+        0-d, float32.
+
+    Raises:
+        TypeError: ``value`` is a bool or no number.
+        ValueError: ``value`` is a tensor of more than one number.
+
+    Example:
+        >>> measurement("kl", 0.25, like=torch.tensor(0))
+        tensor(0.2500)
+    """
+    if isinstance(value, Tensor):
+        if value.dtype == torch.bool or value.is_complex():
+            raise TypeError(f"{name} must be a float or a real 0-d tensor, got {value.dtype}")
+        if value.ndim != 0:
+            raise ValueError(
+                f"{name} must be one number, a float or a 0-d tensor, got shape "
+                f"{tuple(value.shape)}: reduce it over tokens and ranks first"
+            )
+        return value.detach().to(device=like.device, dtype=torch.float32)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float or a 0-d tensor, got {type(value).__name__}")
+    # By way of float64: what float32 cannot hold becomes infinite instead of raising.
+    return torch.tensor(float(value), dtype=torch.float64).to(torch.float32).to(like.device)
+
+
+def settle(state: StateT, new: StateT, *measurements: Tensor) -> StateT:
+    """End of every ``update``: take the new state, or refuse it whole and count.
+
+    Refused when a measurement is not finite, or when a new value is not (an overflow of finite
+    measurements). ``step`` of the new state is set here.
+
+    Args:
+        state: Before the update; has ``step`` and ``non_finite``.
+        new: What the law made of it; its ``step`` and ``non_finite`` are ignored.
+        measurements: 0-d.
+
+    Returns:
+        ``new`` with ``step`` one higher, or ``state`` with ``non_finite`` one higher.
+
+    Example:
+        >>> from safe_ops.controllers import EMA
+        >>> law = EMA()
+        >>> law.update(law.init(), value=float("nan")).non_finite
+        tensor(1)
+    """
+    before = cast(Any, state)
+    accepted = all_finite(*measurements, *flatten_state(new).values())
+    kept = cast(Any, select_state(accepted, new, state))
+    return kept._replace(
+        step=before.step + accepted.long(), non_finite=before.non_finite + (~accepted).long()
+    )
+
+
+def all_finite(*tensors: Tensor) -> Tensor:
+    """Whether every number of every tensor is finite, as a 0-d bool tensor.
+
+    Example:
+        >>> all_finite(torch.tensor(1.0), torch.tensor([0.0, float("inf")]))
+        tensor(False)
+    """
+    return torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).all()
+
+
+def select_state(condition: Tensor, chosen: StateT, other: StateT) -> StateT:
+    """``torch.where`` over two states of one law.
+
+    Example:
+        >>> from safe_ops.controllers import EMA
+        >>> state = EMA().init()
+        >>> select_state(torch.tensor(True), state._replace(value=torch.tensor(3.0)), state).value
+        tensor(3.)
+    """
+    parts = [
+        torch.where(condition, a, b) if isinstance(a, Tensor) else select_state(condition, a, b)
+        for a, b in zip(chosen, other, strict=True)
+    ]
+    return type(chosen)(*parts)
+
+
+def zero() -> Tensor:
+    """A float32 0 of a state, whatever the default dtype.
+
+    Example:
+        >>> zero()
+        tensor(0.)
+    """
+    return torch.zeros((), dtype=torch.float32)
+
+
+def zero_count() -> Tensor:
+    """An int64 0 of a state.
+
+    Example:
+        >>> zero_count()
+        tensor(0)
+    """
+    return torch.zeros((), dtype=torch.int64)
+
+
+def _fields(state: tuple) -> tuple[str, ...]:
+    return cast(Any, state)._fields
+
+
+def _structure(state: tuple, prefix: str = "") -> tuple:
+    """(type, names of its buffers), nested: enough to build the state back from buffers."""
+    parts = [
+        f"{prefix}{name}" if isinstance(value, Tensor) else _structure(value, f"{prefix}{name}__")
+        for name, value in zip(_fields(state), state, strict=True)
+    ]
+    return type(state), tuple(parts)

@@ -1,0 +1,104 @@
+"""Actor and critic over one causal language model: one forward gives all that a loss needs."""
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor, nn
+
+from safe_ops import token_log_probs
+
+
+class CausalLMActorCritic(TensorDictModuleBase):
+    """Re-scores stored responses: log-prob, entropy and every critic head's value, in one forward.
+
+        h = backbone(prompt + response)                      [B, P + T, H]
+        log_prob_t, entropy_t = head(h_{P-1+t})              of response token t
+        state_values_t        = critic(h_{P-1+t}.detach())   the state *before* token t
+
+    Old, new and reference log-probs all come from this one function, at one padded width and in
+    evaluation mode; then the importance ratio before the first update is exactly 1. The critic
+    reads the hidden states without sending gradients into the policy.
+
+    Reads ``("tokens", "prompt")`` int64 [B, P] (left-padded), ``("tokens", "response")`` int64
+    [B, T] (right-padded), ``prompt_mask`` bool [B, P], ``response_mask`` bool [B, T].
+    Writes ``log_prob``, ``entropy`` [B, T] (nats, float32, at the sampling temperature),
+    ``state_values`` [B, T, K] and ``bootstrap_values`` [B, K], the values after the last token.
+
+    Args:
+        language_model: A causal language model in the manner of transformers: its backbone, under
+            ``base_model_prefix``, returns ``last_hidden_state``, and ``get_output_embeddings()``
+            is the head. Adapters stay in place, unmerged.
+        critic: [..., H] -> [..., K].
+        temperature: Of the sampling.
+
+    Raises:
+        ValueError: the model has no head or no backbone.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from tensordict import TensorDict
+        >>> from safe_rl import SoftMinCritic
+        >>> config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8,
+        ...     num_hidden_layers=1, num_attention_heads=1)
+        >>> network = CausalLMActorCritic(LlamaForCausalLM(config), SoftMinCritic(8))
+        >>> ids = torch.zeros(2, 3, dtype=torch.int64)
+        >>> batch = TensorDict({"tokens": {"prompt": ids, "response": ids},
+        ...     "prompt_mask": ids == 0, "response_mask": ids == 0}, [2])
+        >>> network(batch)["state_values"].shape
+        torch.Size([2, 3, 2])
+    """
+
+    def __init__(
+        self, language_model: nn.Module, critic: nn.Module, *, temperature: float = 1.0
+    ) -> None:
+        super().__init__()
+        backbone = getattr(language_model, getattr(language_model, "base_model_prefix", ""), None)
+        if not isinstance(backbone, nn.Module):
+            raise ValueError(
+                "language_model must name its backbone in base_model_prefix, as causal language "
+                f"models of transformers do, got {type(language_model).__name__}"
+            )
+        if getattr(language_model, "get_output_embeddings", lambda: None)() is None:
+            raise ValueError(
+                f"language_model must have a head, got {type(language_model).__name__}"
+            )
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
+        self.language_model = language_model
+        self.critic = critic
+        self.temperature = temperature
+        self.in_keys = [
+            ("tokens", "prompt"),
+            ("tokens", "response"),
+            "prompt_mask",
+            "response_mask",
+        ]
+        self.out_keys = ["log_prob", "entropy", "state_values", "bootstrap_values"]
+
+    def response_states(self, batch: TensorDictBase) -> Tensor:
+        """Hidden states before each response token and after the last place, [B, T + 1, H]."""
+        prompt, response = batch["tokens", "prompt"], batch["tokens", "response"]
+        attention_mask = torch.cat([batch["prompt_mask"], batch["response_mask"]], 1)
+        backbone = getattr(self.language_model, self.language_model.base_model_prefix)
+        hidden = backbone(
+            input_ids=torch.cat([prompt, response], 1),
+            attention_mask=attention_mask.long(),
+            position_ids=(attention_mask.cumsum(1) - 1).clamp_min(0),
+            use_cache=False,
+        ).last_hidden_state
+        return hidden[:, prompt.shape[1] - 1 :]
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write ``log_prob``, ``entropy``, ``state_values`` and ``bootstrap_values``."""
+        states = self.response_states(tensordict)
+        logits = self.language_model.get_output_embeddings()(states[:, :-1])
+        tokens = tensordict["tokens", "response"]
+        log_prob, entropy = token_log_probs(logits, tokens, temperature=self.temperature)
+        values = self.critic(states.detach())
+        last = tensordict["response_mask"].sum(1)
+        rows = torch.arange(last.shape[0], device=last.device)
+        tensordict.set("log_prob", log_prob)
+        tensordict.set("entropy", entropy)
+        tensordict.set("state_values", values[:, :-1])
+        tensordict.set("bootstrap_values", values[rows, last])
+        return tensordict

@@ -1,0 +1,139 @@
+"""One file that holds a run: written whole or not at all, read whole or refused."""
+
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+
+class Stateful(Protocol):
+    """Anything with a ``state_dict``: modules, optimizers, controllers."""
+
+    def state_dict(self) -> Any:
+        """What must be saved."""
+        ...
+
+    def load_state_dict(self, state_dict: Any) -> Any:
+        """Take it back."""
+        ...
+
+
+class TrainableParameters:
+    """The parameters of a module that are trained: the adapters, and not the frozen base.
+
+    Args:
+        module: Its parameters with ``requires_grad`` count.
+
+    Raises:
+        ValueError: on loading, when the names or shapes saved are not those of the module.
+
+    Example:
+        >>> list(TrainableParameters(torch.nn.Linear(1, 1)).state_dict())
+        ['weight', 'bias']
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Name and value of each trained parameter."""
+        return {name: parameter.detach() for name, parameter in self._parameters.items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
+        """Copy the values in place; nothing is copied unless all fit."""
+        saved = {name: tuple(value.shape) for name, value in state_dict.items()}
+        held = {name: tuple(value.shape) for name, value in self._parameters.items()}
+        if saved != held:
+            odd = sorted(set(saved.items()) ^ set(held.items()))[:4]
+            raise ValueError(f"saved parameters are not those of this model; they differ in {odd}")
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(state_dict[name])
+
+
+class RandomStates:
+    """torch's global generator and any others of the run.
+
+    Args:
+        generators: By name.
+
+    Example:
+        >>> states = RandomStates(order=torch.Generator())
+        >>> sorted(states.state_dict())
+        ['order', 'torch']
+    """
+
+    def __init__(self, **generators: torch.Generator) -> None:
+        self._generators = generators | {"torch": torch.default_generator}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """State of each generator."""
+        return {name: generator.get_state() for name, generator in self._generators.items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
+        """Set every generator back."""
+        for name, generator in self._generators.items():
+            generator.set_state(state_dict[name])
+
+
+def save_checkpoint(path: str | os.PathLike[str], step: int, parts: Mapping[str, Stateful]) -> None:
+    """Write the state of every part, to a temporary name first.
+
+    Args:
+        path: A file; replaced only once the new one is complete on disk.
+        step: Updates done.
+        parts: By name.
+
+    Example:
+        >>> import tempfile
+        >>> layer = torch.nn.Linear(1, 1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_checkpoint(f"{folder}/checkpoint.pt", 3, {"layer": layer})
+        ...     load_checkpoint(f"{folder}/checkpoint.pt", {"layer": layer})
+        3
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    states = {name: part.state_dict() for name, part in parts.items()}
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"step": step, "parts": states}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: str | os.PathLike[str], parts: Mapping[str, Stateful]) -> int:
+    """Give every part its state back.
+
+    Args:
+        path: What ``save_checkpoint`` wrote. Only tensors and plain values are unpickled.
+        parts: The same names.
+
+    Returns:
+        Updates done.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is cut or is none of ours, or its parts have other names.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        step, states = saved["step"], saved["parts"]
+    except FileNotFoundError:
+        raise
+    except (RuntimeError, EOFError, KeyError, TypeError, OSError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"checkpoint {path} cannot be read, it may be cut: {reason}") from error
+    if set(states) != set(parts):
+        raise ValueError(
+            f"checkpoint {path} holds {sorted(states)}, this run needs {sorted(parts)}"
+        )
+    for name, part in parts.items():
+        part.load_state_dict(states[name])
+    return step
