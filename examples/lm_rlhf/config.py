@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from safe_ops.controllers import PID, AdaptiveKL, EntropyGatedKL, Phase
+from safe_ops.controllers import AdaptiveKL, EntropyGatedKL
 
 PROMPTS = Path(__file__).with_name("prompts.txt")
 ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

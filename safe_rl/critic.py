@@ -1,0 +1,58 @@
+"""Several pessimistic critics on one hidden state."""
+
+import torch
+from torch import Tensor, nn
+
+from safe_ops import soft_min
+
+
+class SoftMinCritic(nn.Module):
+    """K value heads on hidden states; their soft-min is the pessimistic value.
+
+        values_k = W2_k GELU(W1_k LayerNorm(h))        value = soft_min(values, temperature)
+
+    Heads start near 0 and differ, since their first layers do. Arithmetic is float32.
+
+    Args:
+        hidden_size: H.
+        num_heads: K; one is an ordinary critic.
+        temperature: Of the soft-min, in reward units.
+
+    Raises:
+        ValueError: a size is not positive, or ``temperature`` is not.
+
+    Source: SAFE (arXiv 2602.04651), double soft-min critic.
+
+    Example:
+        >>> SoftMinCritic(8)(torch.zeros(2, 3, 8)).shape
+        torch.Size([2, 3, 2])
+    """
+
+    def __init__(self, hidden_size: int, *, num_heads: int = 2, temperature: float = 0.3) -> None:
+        super().__init__()
+        if hidden_size < 1 or num_heads < 1:
+            raise ValueError(
+                f"hidden_size and num_heads must be positive, got {hidden_size}, {num_heads}"
+            )
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
+        self.temperature = temperature
+        self.norm = nn.LayerNorm(hidden_size)
+        inner = max(1, hidden_size // 4)
+        self.heads = nn.ModuleList(
+            nn.Sequential(nn.Linear(hidden_size, inner), nn.GELU(), nn.Linear(inner, 1))
+            for _ in range(num_heads)
+        )
+        for head in self.heads:
+            last = head[-1]
+            nn.init.normal_(last.weight, std=0.1 / inner**0.5)
+            nn.init.zeros_(last.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Values of all heads, [..., H] -> [..., K], float32."""
+        normed = self.norm(hidden.to(self.norm.weight.dtype))
+        return torch.cat([head(normed) for head in self.heads], -1).float()
+
+    def value(self, hidden: Tensor) -> Tensor:
+        """Soft-min of the heads, [..., H] -> [...]."""
+        return soft_min(self(hidden), self.temperature)

@@ -1,0 +1,94 @@
+"""The clipped policy loss with an entropy bonus."""
+
+from dataclasses import dataclass
+
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from tensordict.utils import NestedKey
+from torch import Tensor
+
+from safe_ops import clipped_policy_terms, masked_mean
+from safe_rl.keys import read_per_token
+from safe_rl.objectives.base import Objective
+
+
+class ClippedPolicyLoss(Objective):
+    """PPO's clipped surrogate, and an entropy bonus.
+
+        loss_policy  = -mean_t min( w_t A_t, clip(w_t) A_t )
+        loss_entropy = -entropy_coef * mean_t H_t
+
+    Args:
+        network: See ``Objective``.
+        clip: Half-width of the trust interval of the ratio.
+        entropy_coef: 0 for none.
+
+    Raises:
+        ValueError: a value is out of range, or a key is missing or of the wrong shape.
+
+    Source: Schulman et al. (arXiv 1707.06347).
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> one = torch.ones(1, 2)
+        >>> batch = TensorDict({"log_prob": -one, "old_log_prob": -one, "entropy": one,
+        ...     "advantage": one, "response_mask": one.bool()}, [1])
+        >>> ClippedPolicyLoss()(batch)["loss_policy"]
+        tensor(-1.)
+    """
+
+    @dataclass
+    class _AcceptedKeys(Objective._AcceptedKeys):
+        log_prob: NestedKey = "log_prob"
+        old_log_prob: NestedKey = "old_log_prob"
+        advantage: NestedKey = "advantage"
+        entropy: NestedKey = "entropy"
+
+    default_keys = _AcceptedKeys
+    tensor_keys: _AcceptedKeys
+    reads = ("log_prob", "old_log_prob", "advantage", "entropy", "response_mask")
+    writes = (
+        "loss_policy",
+        "loss_entropy",
+        "clip_fraction",
+        "ratio_max",
+        "effective_sample_size",
+        "kl_old_k3_nats_per_token",
+        "entropy_new_nats_per_token",
+    )
+
+    def __init__(
+        self,
+        network: TensorDictModuleBase | None = None,
+        *,
+        clip: float = 0.2,
+        entropy_coef: float = 0.01,
+    ) -> None:
+        super().__init__(network)
+        if not clip > 0:
+            raise ValueError(f"clip must be positive, got {clip}")
+        if not entropy_coef >= 0:
+            raise ValueError(f"entropy_coef must not be negative, got {entropy_coef}")
+        self.clip = clip
+        self.entropy_coef = entropy_coef
+
+    def terms(self, batch: TensorDictBase) -> dict[str, Tensor]:
+        """See the class."""
+        mask, keys = self.mask_of(batch), self.tensor_keys
+        policy = clipped_policy_terms(
+            read_per_token(batch, keys.log_prob, mask),
+            read_per_token(batch, keys.old_log_prob, mask),
+            read_per_token(batch, keys.advantage, mask),
+            mask=mask,
+            clip=self.clip,
+        )
+        entropy = read_per_token(batch, keys.entropy, mask)
+        return {
+            "loss_policy": self.token_mean(policy.loss, mask, batch),
+            "loss_entropy": -self.entropy_coef * self.token_mean(entropy, mask, batch),
+            "clip_fraction": policy.clip_fraction,
+            "ratio_max": policy.ratio_max,
+            "effective_sample_size": policy.effective_sample_size,
+            "kl_old_k3_nats_per_token": policy.kl_old_k3,
+            "entropy_new_nats_per_token": masked_mean(entropy.detach(), mask),
+        }

@@ -1,0 +1,46 @@
+"""PPO as a strong baseline: the KL is in the reward, not in the loss."""
+
+from tensordict.nn import TensorDictModuleBase
+
+from safe_rl.objectives.clipped_policy import ClippedPolicyLoss
+from safe_rl.objectives.composite import SumOfObjectives
+from safe_rl.objectives.soft_min_value import SoftMinValueLoss
+
+
+class PPOLoss(SumOfObjectives):
+    """``loss_policy + loss_entropy + loss_value``; shape the reward with ``KLReward`` before.
+
+    Args:
+        network: Writes ``log_prob``, ``entropy`` and ``state_values`` in one forward; None: they
+            are in the batch.
+        clip: Half-width of the trust interval of the ratio.
+        entropy_coef: Of the entropy bonus.
+        huber_delta: Reward units; None is the squared value loss.
+        value_coef: Of the value loss.
+
+    Raises:
+        ValueError: a value is out of range, or a key is missing or of the wrong shape.
+
+    Source: Schulman et al. (arXiv 1707.06347), Ziegler et al. (arXiv 1909.08593).
+
+    Example:
+        >>> [key for key in PPOLoss().out_keys if key.startswith("loss_")]
+        ['loss_policy', 'loss_entropy', 'loss_value']
+    """
+
+    def __init__(
+        self,
+        network: TensorDictModuleBase | None = None,
+        *,
+        clip: float = 0.2,
+        entropy_coef: float = 0.01,
+        huber_delta: float | None = None,
+        value_coef: float = 0.5,
+    ) -> None:
+        super().__init__(
+            network,
+            [
+                ClippedPolicyLoss(clip=clip, entropy_coef=entropy_coef),
+                SoftMinValueLoss(huber_delta=huber_delta, value_coef=value_coef),
+            ],
+        )

@@ -1,0 +1,77 @@
+"""The value loss of a soft-min critic: every head is fitted."""
+
+from dataclasses import dataclass
+
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from tensordict.utils import NestedKey
+from torch import Tensor
+
+from safe_ops import explained_variance, masked_mean, soft_min, value_terms
+from safe_rl.keys import read, read_per_token
+from safe_rl.objectives.base import Objective
+
+
+class SoftMinValueLoss(Objective):
+    """Huber loss of every head against one target.
+
+        loss_value = value_coef * mean_t mean_k Huber_delta(v_tk - target_t)
+
+    Args:
+        network: See ``Objective``.
+        temperature: Of the soft-min in the diagnostics, in reward units.
+        huber_delta: Reward units; None is the squared loss.
+        value_coef: Factor of the loss.
+
+    Raises:
+        ValueError: a value is out of range, or a key is missing or of the wrong shape.
+
+    Source: SAFE (arXiv 2602.04651), critic loss.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> batch = TensorDict({"state_values": torch.zeros(1, 2, 2),
+        ...     "value_target": torch.ones(1, 2), "response_mask": torch.ones(1, 2).bool()}, [1])
+        >>> SoftMinValueLoss(huber_delta=None, value_coef=1.0)(batch)["loss_value"]
+        tensor(0.5000)
+    """
+
+    @dataclass
+    class _AcceptedKeys(Objective._AcceptedKeys):
+        state_values: NestedKey = "state_values"
+        value_target: NestedKey = "value_target"
+
+    default_keys = _AcceptedKeys
+    tensor_keys: _AcceptedKeys
+    reads = ("state_values", "value_target", "response_mask")
+    writes = ("loss_value", "explained_variance", "head_disagreement", "value_mean")
+
+    def __init__(
+        self,
+        network: TensorDictModuleBase | None = None,
+        *,
+        temperature: float = 0.3,
+        huber_delta: float | None = 0.5,
+        value_coef: float = 0.5,
+    ) -> None:
+        super().__init__(network)
+        if not value_coef >= 0:
+            raise ValueError(f"value_coef must not be negative, got {value_coef}")
+        self.temperature = temperature
+        self.huber_delta = huber_delta
+        self.value_coef = value_coef
+
+    def terms(self, batch: TensorDictBase) -> dict[str, Tensor]:
+        """See the class."""
+        mask, keys = self.mask_of(batch), self.tensor_keys
+        values = read(batch, keys.state_values)
+        target = read_per_token(batch, keys.value_target, mask)
+        loss = value_terms(values, target, mask=mask, huber_delta=self.huber_delta)
+        held = values.detach()
+        value = soft_min(held, self.temperature)
+        return {
+            "loss_value": self.value_coef * self.token_mean(loss, mask, batch),
+            "explained_variance": explained_variance(value, target, mask=mask),
+            "head_disagreement": masked_mean(held.amax(-1) - held.amin(-1), mask),
+            "value_mean": masked_mean(value, mask),
+        }
