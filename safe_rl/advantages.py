@@ -13,7 +13,7 @@ class SoftMinGAE(TensorDictModuleBase):
 
     Reads ``state_values`` [B, T, K], ``reward``, ``terminated``, ``truncated`` [B, T, 1],
     ``response_mask`` [B, T] and, where there is one, ``bootstrap_values`` [B, K]. Writes
-    ``state_value``, ``advantage`` and ``value_target`` [B, T, 1]. The target is shared by the heads.
+    ``state_value``, ``advantage`` and ``value_target`` [B, T, 1]; the heads share the target.
 
     Args:
         temperature: Of the soft-min, in reward units.

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from safe_ops.controllers import AdaptiveKL, EntropyGatedKL
+from safe_ops.controllers import EMA, AdaptiveKL, EntropyGatedKL, Momentum, Phase
 
 PROMPTS = Path(__file__).with_name("prompts.txt")
 ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -67,6 +67,20 @@ class Config:
                 f"minibatch_size must divide batch_size, got {self.minibatch_size} and "
                 f"{self.batch_size}"
             )
+
+
+def short_run_law() -> EntropyGatedKL:
+    """For some forty updates at a large learning rate: windows of a few updates, a firm penalty.
+
+    The paper's windows of 50 updates and its coefficient of .1 are for thousands of small steps.
+    """
+    return EntropyGatedKL(
+        coef=4.0,
+        kl_filter=EMA(decay=0.5),
+        momentum=Momentum(window=5),
+        reward_filter=EMA(decay=0.8),
+        phases=Phase(window=5, dwell=3),
+    )
 
 
 def smollm2_135m() -> Config:

@@ -9,6 +9,7 @@ move the controller once, estimate advantages, and take a few epochs of minibatc
 import argparse
 import copy
 import dataclasses
+import itertools
 import json
 import os
 import platform
@@ -121,7 +122,15 @@ def train(config: Config, output: Path, *, resume: bool) -> Path:
     network = CausalLMActorCritic(language_model, critic, temperature=config.temperature)
     scorer = CausalLMActorCritic(language_model, target_critic, temperature=config.temperature)
     controller = Controller(config.kl_law if safe else config.kl_reward_law)
-    controlled = ControllerModule(controller)
+    controlled = (
+        ControllerModule(controller)
+        if safe
+        else ControllerModule(
+            controller,
+            in_keys={"kl": ("measurements", "kl")},
+            out_keys={"kl_reward_coef": "coef"},
+        )
+    )
     measure = PolicyMeasurements()
     kl_reward = KLReward()
     estimate_advantage = SoftMinGAE(
@@ -311,8 +320,7 @@ def timing_record(step: int, clock: dict[str, float]) -> dict[str, object]:
     """Wall-clock of each stage, in a log of its own: it never repeats."""
     names = list(clock)
     stages = {
-        f"{name}_seconds": clock[name] - clock[before]
-        for before, name in zip(names, names[1:], strict=False)
+        f"{name}_seconds": clock[name] - clock[before] for before, name in itertools.pairwise(names)
     }
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
     return {"record": "timing", "step": step, **stages, "peak_memory_gib": peak}

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from safe_ops.controllers.base import count, counted, measurement, usable, zero
+from safe_ops.controllers.base import measurement, settle, zero, zero_count
 from safe_ops.controllers.ema import EMA, EMAState
 from safe_ops.controllers.momentum import Momentum, MomentumState
 from safe_ops.controllers.phase import Phase, PhaseState
@@ -100,7 +100,9 @@ class EntropyGatedKL:
     kl_filter: EMA = field(default_factory=lambda: EMA(decay=0.9))
     momentum: Momentum = field(default_factory=lambda: Momentum(window=50))
     reward_filter: EMA = field(default_factory=lambda: EMA(decay=0.95))
-    pid: PID = field(default_factory=lambda: PID(kp=5.0, ki=0.1, kd=0.0, lower=-0.15, upper=0.15))
+    pid: PID = field(
+        default_factory=lambda: PID(kp=5.0, ki=0.1, direct=True, lower=-0.15, upper=0.15)
+    )
     phases: Phase = field(default_factory=Phase)
 
     def __post_init__(self) -> None:
@@ -138,14 +140,14 @@ class EntropyGatedKL:
             kl=zero(),
             kl_momentum=zero(),
             kl_lead=zero(),
-            phase=count(),
+            phase=zero_count(),
             kl_filter=self.kl_filter.init(),
             momentum=self.momentum.init(),
             reward_filter=self.reward_filter.init(),
             pid=self.pid.init(),
             phases=phases,
-            non_finite=count(),
-            step=count(),
+            non_finite=zero_count(),
+            step=zero_count(),
         )
 
     def update(
@@ -157,14 +159,12 @@ class EntropyGatedKL:
         reward: float | Tensor,
     ) -> EntropyGatedKLState:
         """One update from the rollout's KL and entropy (nats per token) and mean reward."""
-        kl = measurement("kl", kl, state.kl)
-        entropy = measurement("entropy", entropy, state.kl)
-        reward = measurement("reward", reward, state.kl)
-        good = usable(kl, entropy, reward)
-        kl, entropy, reward = (torch.where(good, x, 0.0) for x in (kl, entropy, reward))
+        kl = measurement("kl", kl, like=state.step)
+        entropy = measurement("entropy", entropy, like=state.step)
+        reward = measurement("reward", reward, like=state.step)
 
-        kl_filter = self.kl_filter.update(state.kl_filter, measured=kl)
-        momentum = self.momentum.update(state.momentum, measured=kl_filter.value)
+        kl_filter = self.kl_filter.update(state.kl_filter, value=kl)
+        momentum = self.momentum.update(state.momentum, value=kl_filter.value)
         lead = self.horizon * torch.relu(momentum.momentum)
         # Entropy of a categorical is not negative; an estimate may be, by rounding.
         gate = entropy_gate(
@@ -173,7 +173,7 @@ class EntropyGatedKL:
             lower=self.gate_lower,
             upper=self.gate_upper,
         )
-        reward_filter = self.reward_filter.update(state.reward_filter, measured=reward)
+        reward_filter = self.reward_filter.update(state.reward_filter, value=reward)
         phases = self.phases.update(state.phases, reward=reward)
         pid = self._move_pid(state, reward_filter, phases)
         threshold = self._threshold(state, pid, phases)
@@ -200,12 +200,12 @@ class EntropyGatedKL:
             non_finite=state.non_finite,
             step=state.step + 1,
         )
-        return counted(good, new, state)
+        return settle(state, new, kl, entropy, reward)
 
     def _move_pid(
         self, state: EntropyGatedKLState, reward_filter: EMAState, phases: PhaseState
     ) -> PIDState:
-        """A reward that outruns its target widens the threshold: the sign of the error is turned.
+        """A reward that outruns its target widens the threshold.
 
         The limits are those of the threshold, seen from the PID, so that the integral stops where
         the threshold does.
@@ -215,8 +215,8 @@ class EntropyGatedKL:
         velocity = torch.where(state.step > 0, velocity, self.target_velocity)
         return self.pid.update(
             state.pid,
-            setpoint=-self.target_velocity,
-            measured=-velocity,
+            setpoint=self.target_velocity,
+            measurement=velocity,
             lower=self.threshold_lower / phases.factor - self.threshold,
             upper=self.threshold_upper / phases.factor - self.threshold,
         )

@@ -10,7 +10,7 @@ from safe_ops.controllers.base import measurement, settle, zero, zero_count
 
 
 class MomentumState(NamedTuple):
-    """State of ``Momentum``; all but the counts in the unit of the value (``momentum`` per update)."""
+    """State of ``Momentum``; ``momentum`` in units of the value per update."""
 
     momentum: Tensor
     past: Tensor

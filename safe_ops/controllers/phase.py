@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from safe_ops.controllers.base import count, counted, measurement, usable, zero
+from safe_ops.controllers.base import measurement, settle, zero, zero_count
 
 PHASE_NAMES = ("warm_up", "climbing", "converged", "plateau")
 """Names of the int64 phase."""
@@ -90,22 +90,20 @@ class Phase:
     def init(self) -> PhaseState:
         """Warm-up."""
         return PhaseState(
-            phase=count(),
+            phase=zero_count(),
             factor=torch.tensor(self.factors[WARM_UP]),
             slope=zero(),
             start=zero(),
-            candidate=count(),
-            dwelt=count(),
+            candidate=zero_count(),
+            dwelt=zero_count(),
             history=torch.zeros(2 * self.window),
-            non_finite=count(),
-            step=count(),
+            non_finite=zero_count(),
+            step=zero_count(),
         )
 
     def update(self, state: PhaseState, *, reward: float | Tensor) -> PhaseState:
         """One update from the rollout's mean reward."""
-        x = measurement("reward", reward, state.factor)
-        good = usable(x)
-        x = torch.where(good, x, 0.0)
+        x = measurement("reward", reward, like=state.step)
         length = 2 * self.window
         place = torch.arange(length, device=x.device)
         history = torch.where(place == state.step % length, x, state.history)
@@ -139,4 +137,4 @@ class Phase:
             non_finite=state.non_finite,
             step=step,
         )
-        return counted(good, new, state)
+        return settle(state, new, x)
