@@ -52,18 +52,23 @@ class CausalLMActorCritic(TensorDictModuleBase):
         self, language_model: nn.Module, critic: nn.Module, *, temperature: float = 1.0
     ) -> None:
         super().__init__()
-        backbone = getattr(language_model, getattr(language_model, "base_model_prefix", ""), None)
+        prefix = getattr(language_model, "base_model_prefix", None)
+        backbone = getattr(language_model, prefix, None) if isinstance(prefix, str) else None
         if not isinstance(backbone, nn.Module):
             raise ValueError(
                 "language_model must name its backbone in base_model_prefix, as causal language "
                 f"models of transformers do, got {type(language_model).__name__}"
             )
-        if getattr(language_model, "get_output_embeddings", lambda: None)() is None:
+        head = getattr(language_model, "get_output_embeddings", lambda: None)()
+        if not isinstance(head, nn.Module):
             raise ValueError(
                 f"language_model must have a head, got {type(language_model).__name__}"
             )
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
+        # The backbone and the head are parts of the model: held beside it in a tuple, they are not
+        # registered a second time.
+        self._backbone_and_head = (backbone, head)
         self.language_model = language_model
         self.critic = critic
         self.temperature = temperature
@@ -79,7 +84,7 @@ class CausalLMActorCritic(TensorDictModuleBase):
         """Hidden states before each response token and after the last place, [B, T + 1, H]."""
         prompt, response = batch["tokens", "prompt"], batch["tokens", "response"]
         attention_mask = torch.cat([batch["prompt_mask"], batch["response_mask"]], 1)
-        backbone = getattr(self.language_model, self.language_model.base_model_prefix)
+        backbone, _ = self._backbone_and_head
         hidden = backbone(
             input_ids=torch.cat([prompt, response], 1),
             attention_mask=attention_mask.long(),
@@ -91,7 +96,8 @@ class CausalLMActorCritic(TensorDictModuleBase):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write ``log_prob``, ``entropy``, ``state_values`` and ``bootstrap_values``."""
         states = self.response_states(tensordict)
-        logits = self.language_model.get_output_embeddings()(states[:, :-1])
+        _, head = self._backbone_and_head
+        logits = head(states[:, :-1])
         tokens = tensordict["tokens", "response"]
         log_prob, entropy = token_log_probs(logits, tokens, temperature=self.temperature)
         values = self.critic(states.detach())

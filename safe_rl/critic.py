@@ -39,14 +39,7 @@ class SoftMinCritic(nn.Module):
         self.temperature = temperature
         self.norm = nn.LayerNorm(hidden_size)
         inner = max(1, hidden_size // 4)
-        self.heads = nn.ModuleList(
-            nn.Sequential(nn.Linear(hidden_size, inner), nn.GELU(), nn.Linear(inner, 1))
-            for _ in range(num_heads)
-        )
-        for head in self.heads:
-            last = head[-1]
-            nn.init.normal_(last.weight, std=0.1 / inner**0.5)
-            nn.init.zeros_(last.bias)
+        self.heads = nn.ModuleList(_head(hidden_size, inner) for _ in range(num_heads))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Values of all heads, [..., H] -> [..., K], float32."""
@@ -56,3 +49,10 @@ class SoftMinCritic(nn.Module):
     def value(self, hidden: Tensor) -> Tensor:
         """Soft-min of the heads, [..., H] -> [...]."""
         return soft_min(self(hidden), self.temperature)
+
+
+def _head(hidden_size: int, inner: int) -> nn.Sequential:
+    last = nn.Linear(inner, 1)
+    nn.init.normal_(last.weight, std=0.1 / inner**0.5)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(nn.Linear(hidden_size, inner), nn.GELU(), last)

@@ -231,7 +231,9 @@ def train(config: Config, output: Path, *, resume: bool) -> Path:
             for _ in range(config.epochs):
                 for piece in minibatches(batch, size=config.minibatch_size, generator=order):
                     losses = objective(piece)
-                    loss = sum(value for key, value in losses.items() if key.startswith("loss_"))
+                    loss = torch.stack(
+                        [v for k, v in losses.items() if k.startswith("loss_")]
+                    ).sum()
                     optimizer.zero_grad(set_to_none=True)
                     loss.backward()
                     norms = {

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 StateT = TypeVar("StateT", bound=tuple)
+StateT_co = TypeVar("StateT_co", bound=tuple, covariant=True)
 
 
-class ControlLaw(Protocol[StateT]):
+class ControlLaw(Protocol[StateT_co]):
     """A frozen dataclass of gains, with its state passed in and out.
 
         state = law.init();  state = law.update(state, kl=..., ...)
@@ -27,13 +28,13 @@ class ControlLaw(Protocol[StateT]):
         tensor(2.)
     """
 
-    def init(self) -> StateT:
+    def init(self) -> StateT_co:
         """The state before the first update."""
         ...
 
     # The parameters differ from law to law; a Callable of them is what they share.
     @property
-    def update(self) -> Callable[..., StateT]:
+    def update(self) -> Callable[..., StateT_co]:
         """``update(state, *, ...) -> state``, pure."""
         ...
 

@@ -7,76 +7,112 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from safe_ops.controllers.base import measurement, settle, zero, zero_count
+from safe_ops.controllers.base import (
+    all_finite,
+    flatten_state,
+    measurement,
+    select_state,
+    zero,
+    zero_count,
+)
 from safe_ops.controllers.ema import EMA, EMAState
 from safe_ops.controllers.momentum import Momentum, MomentumState
-from safe_ops.controllers.phase import Phase, PhaseState
+from safe_ops.controllers.phase import WARM_UP, Phase, PhaseState
 from safe_ops.controllers.pid import PID, PIDState
-from safe_ops.gated_kl import entropy_gate, gated_kl_penalty
+from safe_ops.gated_kl import entropy_gate, gated_kl_penalty, momentum_penalty
 
 
 class EntropyGatedKLState(NamedTuple):
     """State of ``EntropyGatedKL``: what it decided, then the states of its parts."""
 
     kl_threshold: Tensor
-    """Nats per token."""
+    """tau, nats per token."""
     entropy_gate: Tensor
-    """No unit."""
+    """g, no unit."""
     kl_coef: Tensor
-    """Slope of the penalty at the filtered KL plus lead, f'(KL)."""
+    """f'(KL), per nat per token: what multiplies the KL surrogate in the loss."""
     kl_penalty: Tensor
-    """The penalty there, f(KL)."""
+    """f(KL)."""
     kl: Tensor
     """Filtered, nats per token."""
     kl_momentum: Tensor
     """Nats per token per update."""
     kl_lead: Tensor
     """Nats per token that the KL is expected to gain within the horizon."""
+    kl_offset: Tensor
+    """Nats per token, the integral of the KL above its threshold; 0 if ``kl_integral`` is off."""
+    threshold_shift: Tensor
+    """Nats per token, the PID's output within its authority."""
+    reward_velocity: Tensor
+    """Deviations per update (reward units per update if not ``normalize_reward``)."""
     phase: Tensor
     """int64, an index of ``PHASE_NAMES``."""
+    step: Tensor
+    """int64, updates with every measurement finite."""
+    non_finite: Tensor
+    """int64, the other updates; each part counts its own as well."""
     kl_filter: EMAState
     momentum: MomentumState
+    kl_integral: PIDState
     reward_filter: EMAState
+    reward_deviation: EMAState
+    velocity: MomentumState
     pid: PIDState
     phases: PhaseState
-    non_finite: Tensor
-    step: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class EntropyGatedKL:
     """Penalty on the KL above a threshold that follows the reward, stronger at low entropy.
 
-        tau    = clamp( (base + PID(reward velocity)) * phase factor, lower, upper ), rate-limited
-        m      = slope of the filtered KL over a window        lead = horizon * max(0, m)
-        g      = clamp( floor / (H + eps), gate_lower, gate_upper )
-        f      = g * coef * max(0, KL + lead - tau)^2          kl_coef = f'(KL)
+        KL   = kl_filter(measured)        m = momentum(KL)        lead = horizon max(0, m)
+        tau  = clamp( (threshold + shift) * phase factor, lower, upper ), rate-limited
+        shift = PID(reward velocity - target_velocity), within +- authority
+        g    = clamp( entropy_floor / (H + eps), gate_lower, gate_upper )
+        f    = g ( coef max(0, KL + lead + offset - tau)^2 + momentum_coef max(0, m)^2 )
+        kl_coef = f'(KL) = 2 g ( coef max(0, KL + lead + offset - tau) + momentum_coef max(0, m)/w )
 
-    The reward's velocity is the change of its EMA per update. A reward that rises faster than
-    ``target_velocity`` widens the threshold, one that falls tightens it. One non-finite
-    measurement holds the whole state, the penalty included, and is counted.
+    with lead and offset held in the derivative. A reward that rises faster than ``target_velocity``
+    widens the threshold, one that falls tightens it. Before the first KL nothing is penalised.
 
-    Attributes:
+    A measurement that is not finite holds the parts that read it, and the others go on: the KL is
+    controlled while the reward is missing, and by the last KL while that is missing. ``paper()`` is
+    the law as printed; what the default changes is marked "Paper:".
+
+    Args:
         coef: lambda, per (nat per token)^2; 0 switches the penalty off.
-        threshold: base, nats per token.
-        threshold_lower: Least threshold.
-        threshold_upper: Largest threshold.
-        threshold_rate: Largest change of the threshold, nats per token per update. The paper has
-            none: a change of phase moved it by half its range at once.
-        horizon: Updates ahead for which the momentum counts. The paper penalises m itself, with a
-            hundredth of the main term's slope.
-        entropy_floor: Nats per token where the gate is about 1.
+        momentum_coef: lambda_m. Paper: 5. Its slope is a hundredth of the main term's at w = 50.
+        horizon: Updates ahead for which the momentum counts, instead. Paper: 0.
+        threshold: Nats per token, before shift and phase.
+        threshold_lower: Least tau.
+        threshold_upper: Largest tau.
+        threshold_rate: Largest change of tau, nats per token per update. Paper: none; a change of
+            phase halves tau at once, and the penalty jumps.
+        entropy_floor: Nats per token, the gate is about 1 there.
+        entropy_eps: Nats per token.
         gate_lower: Least gate.
-        gate_upper: Largest gate. The paper's reaches 20, beyond any margin of stability.
-        target_velocity: Reward units per update.
-        kl_filter: Of the measured KL. Bias-corrected: right from the first update.
-        momentum: Window of m.
-        reward_filter: Of the reward, before its velocity is taken.
-        pid: On the velocity; its output is in nats per token.
-        phases: Phase factors.
+        gate_upper: Largest gate. Paper: none; 20 at H = 0, beyond any margin of stability.
+        target_velocity: In units of ``reward_velocity``. Paper: 0.001 reward units per update.
+        normalize_reward: Divide the velocity by the reward's mean absolute deviation, so that the
+            gains hold for any reward. Paper: False.
+        pid_authority: Largest shift, as a share of threshold_upper - threshold_lower. Paper: none.
+        pid_in_warm_up: Paper: True. Otherwise the PID is enabled, without a bump, when the warm-up
+            ends and the velocity is an average.
+        kl_filter: Paper: decay 0.9, a lag of 9 updates; ours lags by 2.3.
+        momentum: Paper: window 50, in which a KL may run away unseen.
+        kl_integral: On KL - tau, giving the offset; off with its default ki = 0. With ki > 0 the KL
+            settles at tau, where the penalty alone rests above it, by drift over gain. Its
+            ``lower`` and ``upper`` bound the offset, nats per token.
+        reward_filter: Before the velocity.
+        reward_deviation: Average of |reward - filtered reward|. Slower than the filter, so that the
+            quotient stays bounded after a jump.
+        velocity: Of the filtered reward. Paper: window 1, which is mostly noise.
+        pid: On the velocity, in nats per token; its integral stops where tau stops. Paper: moves
+            tau by about 0.03 at most, and winds up.
+        phases: Paper: absolute reward, no hysteresis.
 
     Raises:
-        ValueError: a value is out of range.
+        ValueError: a parameter is out of its range.
 
     Source: SAFE (arXiv 2602.04651).
 
@@ -88,45 +124,84 @@ class EntropyGatedKL:
     """
 
     coef: float = 0.1
+    momentum_coef: float = 0.0
+    horizon: float = 5.0
     threshold: float = 0.3
     threshold_lower: float = 0.1
     threshold_upper: float = 0.6
-    threshold_rate: float = 0.05
-    horizon: float = 2.0
+    threshold_rate: float = 0.02
     entropy_floor: float = 2.0
+    entropy_eps: float = 0.1
     gate_lower: float = 0.5
     gate_upper: float = 4.0
-    target_velocity: float = 0.001
-    kl_filter: EMA = field(default_factory=lambda: EMA(decay=0.9))
-    momentum: Momentum = field(default_factory=lambda: Momentum(window=50))
+    target_velocity: float = 0.01
+    normalize_reward: bool = True
+    pid_authority: float = 0.3
+    pid_in_warm_up: bool = False
+    kl_filter: EMA = field(default_factory=lambda: EMA(decay=0.7))
+    momentum: Momentum = field(default_factory=lambda: Momentum(window=10))
+    kl_integral: PID = field(default_factory=lambda: PID(ki=0.0, lower=0.0, upper=0.3))
     reward_filter: EMA = field(default_factory=lambda: EMA(decay=0.95))
-    pid: PID = field(
-        default_factory=lambda: PID(kp=5.0, ki=0.1, direct=True, lower=-0.15, upper=0.15)
-    )
+    reward_deviation: EMA = field(default_factory=lambda: EMA(decay=0.99))
+    velocity: Momentum = field(default_factory=lambda: Momentum(window=10))
+    pid: PID = field(default_factory=lambda: PID(kp=2.0, ki=0.02, kd=0.0))
     phases: Phase = field(default_factory=Phase)
 
     def __post_init__(self) -> None:
-        for name in ("coef", "horizon"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(
-                    f"{name} must be finite and not negative, got {getattr(self, name)}"
-                )
+        for name in ("coef", "momentum_coef", "horizon", "gate_lower"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be finite and not negative, got {value}")
+        for name in ("threshold_rate", "pid_authority", "entropy_floor", "entropy_eps"):
+            value = getattr(self, name)
+            if not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
         if not 0 < self.threshold_lower <= self.threshold <= self.threshold_upper < math.inf:
             raise ValueError(
                 "threshold_lower, threshold and threshold_upper must be positive and in order, "
                 f"got {self.threshold_lower}, {self.threshold}, {self.threshold_upper}"
             )
-        if not self.threshold_rate > 0:
-            raise ValueError(f"threshold_rate must be positive, got {self.threshold_rate}")
+        if not self.gate_lower <= self.gate_upper:
+            raise ValueError(
+                "gate_lower must not exceed gate_upper, "
+                f"got {self.gate_lower} and {self.gate_upper}"
+            )
         if not math.isfinite(self.target_velocity):
             raise ValueError(f"target_velocity must be finite, got {self.target_velocity}")
-        if not self.entropy_floor > 0:
-            raise ValueError(f"entropy_floor must be positive, got {self.entropy_floor}")
-        if not 0 <= self.gate_lower <= self.gate_upper:
-            raise ValueError(
-                "gate_lower and gate_upper must satisfy 0 <= gate_lower <= gate_upper, "
-                f"got {self.gate_lower}, {self.gate_upper}"
-            )
+
+    @classmethod
+    def paper(cls) -> "EntropyGatedKL":
+        """The printed equations with the reference code's constants, for comparison.
+
+        Not safe to run as it is: see each "Paper:" above.
+
+        Example:
+            >>> EntropyGatedKL.paper().momentum_coef
+            5.0
+        """
+        return cls(
+            momentum_coef=5.0,
+            horizon=0.0,
+            threshold_rate=math.inf,
+            gate_upper=math.inf,
+            target_velocity=0.001,
+            normalize_reward=False,
+            pid_authority=math.inf,
+            pid_in_warm_up=True,
+            kl_filter=EMA(decay=0.9),
+            momentum=Momentum(window=50),
+            velocity=Momentum(window=1),
+            # The printed clamp of +-1 is on the sum of errors, ours on ki times it.
+            pid=PID(
+                kp=0.3,
+                ki=0.01,
+                kd=0.05,
+                derivative_decay=0.0,
+                integral_limit=0.01,
+                anti_windup=False,
+            ),
+            phases=Phase.paper(),
+        )
 
     def init(self) -> EntropyGatedKLState:
         """Warm-up, no penalty."""
@@ -134,20 +209,26 @@ class EntropyGatedKL:
         start = (self.threshold * phases.factor).clamp(self.threshold_lower, self.threshold_upper)
         return EntropyGatedKLState(
             kl_threshold=start,
-            entropy_gate=torch.ones(()),
+            entropy_gate=torch.ones((), dtype=torch.float32),
             kl_coef=zero(),
             kl_penalty=zero(),
             kl=zero(),
             kl_momentum=zero(),
             kl_lead=zero(),
+            kl_offset=zero(),
+            threshold_shift=zero(),
+            reward_velocity=zero(),
             phase=zero_count(),
+            step=zero_count(),
+            non_finite=zero_count(),
             kl_filter=self.kl_filter.init(),
             momentum=self.momentum.init(),
+            kl_integral=self.kl_integral.init(),
             reward_filter=self.reward_filter.init(),
+            reward_deviation=self.reward_deviation.init(),
+            velocity=self.velocity.init(),
             pid=self.pid.init(),
             phases=phases,
-            non_finite=zero_count(),
-            step=zero_count(),
         )
 
     def update(
@@ -158,71 +239,117 @@ class EntropyGatedKL:
         entropy: float | Tensor,
         reward: float | Tensor,
     ) -> EntropyGatedKLState:
-        """One update from the rollout's KL and entropy (nats per token) and mean reward."""
+        """One rollout's KL and entropy (nats per token) and mean reward."""
         kl = measurement("kl", kl, like=state.step)
         entropy = measurement("entropy", entropy, like=state.step)
         reward = measurement("reward", reward, like=state.step)
+        new = self._update_threshold(state, reward)
+        new = self._update_gate(new, entropy)
+        new = self._update_penalty(new, kl)
+        # Overflow of finite measurements: refused whole.
+        representable = all_finite(*flatten_state(new).values())
+        clean = representable & all_finite(kl, entropy, reward)
+        kept = select_state(representable, new, state)
+        return kept._replace(
+            step=state.step + clean.long(), non_finite=state.non_finite + (~clean).long()
+        )
 
-        kl_filter = self.kl_filter.update(state.kl_filter, value=kl)
-        momentum = self.momentum.update(state.momentum, value=kl_filter.value)
-        lead = self.horizon * torch.relu(momentum.momentum)
-        # Entropy of a categorical is not negative; an estimate may be, by rounding.
+    def _update_threshold(self, state: EntropyGatedKLState, reward: Tensor) -> EntropyGatedKLState:
+        filtered = self.reward_filter.update(state.reward_filter, value=reward)
+        good = filtered.step > state.reward_filter.step
+        # From the second reward on: the first has nothing to deviate from.
+        deviation = self.reward_deviation.update(
+            state.reward_deviation, value=(reward - state.reward_filter.value).abs()
+        )
+        deviation = select_state(
+            good & (state.reward_filter.step == 0), state.reward_deviation, deviation
+        )
+        slope = self.velocity.update(state.velocity, value=_where_good(good, filtered.value))
+        velocity = slope.momentum
+        if self.normalize_reward:
+            scale = deviation.value
+            velocity = torch.where(scale > 0, velocity / torch.where(scale > 0, scale, 1.0), 0.0)
+        phases = self.phases.update(state.phases, reward=reward)
+
+        limit = self.pid_authority * (self.threshold_upper - self.threshold_lower)
+        slowest = (state.kl_threshold - self.threshold_rate).clamp(min=self.threshold_lower)
+        fastest = (state.kl_threshold + self.threshold_rate).clamp(max=self.threshold_upper)
+        # The final saturation as the PID sees it. Minus turns its sign: a fast reward widens tau.
+        pid = self.pid.update(
+            state.pid,
+            measurement=_where_good(good, -velocity),
+            setpoint=-self.target_velocity,
+            lower=(slowest / phases.factor - self.threshold).clamp(min=-limit),
+            upper=(fastest / phases.factor - self.threshold).clamp(max=limit),
+        )
+        if not self.pid_in_warm_up:
+            pid = select_state(good & (phases.phase == WARM_UP), state.pid, pid)
+        shift = pid.output.clamp(-limit, limit)
+        threshold = ((self.threshold + shift) * phases.factor).clamp(
+            state.kl_threshold - self.threshold_rate, state.kl_threshold + self.threshold_rate
+        )
+        threshold = threshold.clamp(self.threshold_lower, self.threshold_upper)
+        return state._replace(
+            kl_threshold=torch.where(good, threshold, state.kl_threshold),
+            threshold_shift=shift,
+            reward_velocity=velocity,
+            phase=phases.phase,
+            reward_filter=filtered,
+            reward_deviation=deviation,
+            velocity=slope,
+            pid=pid,
+            phases=phases,
+        )
+
+    def _update_gate(self, state: EntropyGatedKLState, entropy: Tensor) -> EntropyGatedKLState:
         gate = entropy_gate(
-            entropy.clamp_min(0),
+            # An estimate may be below 0 by rounding; the quotient must not change sign.
+            entropy.clamp(min=0.0),
             floor=self.entropy_floor,
             lower=self.gate_lower,
             upper=self.gate_upper,
+            eps=self.entropy_eps,
         )
-        reward_filter = self.reward_filter.update(state.reward_filter, value=reward)
-        phases = self.phases.update(state.phases, reward=reward)
-        pid = self._move_pid(state, reward_filter, phases)
-        threshold = self._threshold(state, pid, phases)
+        return state._replace(
+            entropy_gate=torch.where(entropy.isfinite(), gate, state.entropy_gate)
+        )
 
-        filtered = kl_filter.value
-        penalty = gated_kl_penalty(
-            filtered, threshold=threshold, gate=gate, coef=self.coef, lead=lead
+    def _update_penalty(self, state: EntropyGatedKLState, kl: Tensor) -> EntropyGatedKLState:
+        filtered = self.kl_filter.update(state.kl_filter, value=kl)
+        good = filtered.step > state.kl_filter.step
+        kl = filtered.value
+        momentum = self.momentum.update(state.momentum, value=_where_good(good, kl))
+        rising = torch.relu(momentum.momentum)
+        lead = self.horizon * rising
+        integral = self.kl_integral.update(
+            state.kl_integral,
+            measurement=_where_good(good, -kl),
+            setpoint=-state.kl_threshold,
         )
-        slope = 2 * gate * self.coef * torch.relu(filtered + lead - threshold)
-        new = EntropyGatedKLState(
-            kl_threshold=threshold,
-            entropy_gate=gate,
+        offset = integral.output
+        gate = state.entropy_gate
+        penalty = gated_kl_penalty(
+            kl, threshold=state.kl_threshold, gate=gate, coef=self.coef, lead=lead + offset
+        )
+        window = self.momentum.window
+        penalty = penalty + gate * momentum_penalty(
+            kl, momentum.past, window=window, coef=self.momentum_coef
+        )
+        excess = torch.relu(kl + lead + offset - state.kl_threshold)
+        slope = 2 * gate * (self.coef * excess + self.momentum_coef * rising / window)
+        return state._replace(
             kl_coef=slope,
             kl_penalty=penalty,
-            kl=filtered,
+            kl=kl,
             kl_momentum=momentum.momentum,
             kl_lead=lead,
-            phase=phases.phase,
-            kl_filter=kl_filter,
+            kl_offset=offset,
+            kl_filter=filtered,
             momentum=momentum,
-            reward_filter=reward_filter,
-            pid=pid,
-            phases=phases,
-            non_finite=state.non_finite,
-            step=state.step + 1,
-        )
-        return settle(state, new, kl, entropy, reward)
-
-    def _move_pid(
-        self, state: EntropyGatedKLState, reward_filter: EMAState, phases: PhaseState
-    ) -> PIDState:
-        """A reward that outruns its target widens the threshold.
-
-        The limits are those of the threshold, seen from the PID, so that the integral stops where
-        the threshold does.
-        """
-        velocity = reward_filter.value - state.reward_filter.value
-        # The first update has no velocity yet; it counts as being on target.
-        velocity = torch.where(state.step > 0, velocity, self.target_velocity)
-        return self.pid.update(
-            state.pid,
-            setpoint=self.target_velocity,
-            measurement=velocity,
-            lower=self.threshold_lower / phases.factor - self.threshold,
-            upper=self.threshold_upper / phases.factor - self.threshold,
+            kl_integral=integral,
         )
 
-    def _threshold(self, state: EntropyGatedKLState, pid: PIDState, phases: PhaseState) -> Tensor:
-        wanted = (self.threshold + pid.output) * phases.factor
-        least = (state.kl_threshold - self.threshold_rate).clamp_min(self.threshold_lower)
-        most = (state.kl_threshold + self.threshold_rate).clamp_max(self.threshold_upper)
-        return torch.maximum(torch.minimum(wanted, most), least)
+
+def _where_good(good: Tensor, value: Tensor) -> Tensor:
+    """NaN where the measurement behind it was refused, so that the next law holds as well."""
+    return torch.where(good, value, torch.nan)

@@ -16,125 +16,185 @@ WARM_UP, CLIMBING, CONVERGED, PLATEAU = range(4)
 
 
 class PhaseState(NamedTuple):
-    """State of ``Phase``."""
+    """State of ``Phase``; rewards in reward units."""
 
     phase: Tensor
     """int64, an index of ``PHASE_NAMES``."""
     factor: Tensor
     """Multiplier of the threshold, no unit."""
-    slope: Tensor
-    """Difference of the last two windows' means, in its standard errors."""
-    start: Tensor
-    """Mean reward of the first window."""
-    candidate: Tensor
-    """int64, the phase that the reward speaks for."""
+    rise: Tensor
+    """Mean of the last window less that of the one before; 0 until there are two."""
+    rise_error: Tensor
+    """Standard error of ``rise``, from the spread within the windows."""
+    lowest: Tensor
+    """Least mean of a window so far."""
+    highest: Tensor
     dwelt: Tensor
-    """int64, updates for which it has."""
+    """int64, updates spent in the phase."""
     history: Tensor
     """[2 W], ring buffer of rewards."""
-    non_finite: Tensor
     step: Tensor
+    non_finite: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """Warm-up, climbing, converged or plateau, relative to the reward's own noise.
+    """Warm-up, climbing, converged or plateau, relative to the reward's own scale.
 
-        z = (mean of last W - mean of the W before) / (s sqrt(2 / W))      s: spread within both
+        rise   = mean(last W) - mean(W before)
+        error  = s sqrt(2 / W)                   s: spread within the two windows
+        extent = highest - lowest
+        level  = (mean(last W) - lowest) / extent
 
-    Climbing begins at z above ``enter`` and ends at z below ``leave`` (hysteresis). A reward that
-    no longer climbs is converged if it stands ``gain`` spreads above its first window, and on a
-    plateau if it never got there. A new phase must be spoken for over ``dwell`` updates in a row.
-    Warm-up lasts until both windows are full, 2 W updates.
+        climbing    rise > enter error
+        converged   else, if level > level_enter, extent > enter error and rise > -leave error
+        plateau     else; a reward in free fall is here too
 
-    Attributes:
+    ``lowest`` and ``highest`` are the extreme window means so far. While a phase holds, its own
+    limits are wider: ``leave`` for ``enter`` and the other way round (hysteresis). A phase lasts at
+    least ``dwell`` updates. A reward a r + b with a > 0 has the phases of r. Before 2 W rewards are
+    in, the windows are the halves of what there is.
+
+    Args:
+        warm_up: Updates; the phase begins with 4 rewards at the earliest.
         window: W, updates.
         enter: Standard errors.
-        leave: Standard errors, below ``enter``.
-        gain: Spreads.
+        leave: Standard errors, at most ``enter``.
+        level_enter: Share of the reward's range; reward units if not ``relative``.
+        level_leave: At most ``level_enter``.
         dwell: Updates.
         factors: Multipliers of the threshold for warm-up, climbing, converged, plateau.
+        relative: False gives the paper's rule in reward units: ``error`` is 1, ``level`` the mean,
+            and converged asks for a spread below ``spread_limit`` instead of the last two.
+        spread_limit: Reward units; only read if not ``relative``.
 
     Raises:
-        ValueError: a value is out of range.
+        ValueError: a parameter is out of its range.
 
-    Source: SAFE (arXiv 2602.04651), phases; hysteresis, dwell and scale are ours: with the
-    printed rules a mild run switched 169 times in 4,000 updates.
+    Source: SAFE (arXiv 2602.04651), phases; hysteresis, dwell and scale are ours. The printed rules
+    switched 169 times in 4,000 updates of a mild run.
 
     Example:
-        >>> law = Phase(window=2, dwell=1)
+        >>> law = Phase(warm_up=4, window=2, dwell=1)
         >>> state = law.init()
-        >>> for reward in (0.0, 0.1, 0.5, 0.6, 1.0):
+        >>> for reward in (0.0, 0.1, 0.2, 0.6, 0.7):
         ...     state = law.update(state, reward=reward)
         >>> PHASE_NAMES[int(state.phase)], state.factor
         ('climbing', tensor(1.2000))
     """
 
+    warm_up: int = 50
     window: int = 50
     enter: float = 2.0
-    leave: float = 0.5
-    gain: float = 1.0
-    dwell: int = 5
+    leave: float = 1.0
+    level_enter: float = 0.7
+    level_leave: float = 0.6
+    dwell: int = 10
     factors: tuple[float, float, float, float] = (1.5, 1.2, 1.0, 0.8)
+    relative: bool = True
+    spread_limit: float = 0.02
 
     def __post_init__(self) -> None:
-        if self.window < 2:
-            raise ValueError(f"window must be at least 2 updates, got {self.window}")
-        if self.dwell < 1:
-            raise ValueError(f"dwell must be at least 1 update, got {self.dwell}")
-        if not self.leave < self.enter:
-            raise ValueError(f"leave must be below enter, got {self.leave} and {self.enter}")
+        for name, least in (("warm_up", 0), ("window", 2), ("dwell", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be a whole number, at least {least}, got {value!r}")
+        if not 0 <= self.leave <= self.enter < math.inf:
+            raise ValueError(
+                f"leave and enter must satisfy 0 <= leave <= enter, got {self.leave}, {self.enter}"
+            )
+        if not self.level_leave <= self.level_enter:
+            raise ValueError(
+                "level_leave must not exceed level_enter, "
+                f"got {self.level_leave} and {self.level_enter}"
+            )
         if len(self.factors) != 4 or not all(0 < f < math.inf for f in self.factors):
             raise ValueError(f"factors must be four positive numbers, got {self.factors}")
+        if not self.spread_limit > 0:
+            raise ValueError(f"spread_limit must be positive, got {self.spread_limit}")
+
+    @classmethod
+    def paper(cls) -> "Phase":
+        """The printed rule: absolute reward, no hysteresis, no dwell.
+
+        Example:
+            >>> Phase.paper().level_enter
+            0.7
+        """
+        return cls(relative=False, enter=0.01, leave=0.01, level_leave=0.7, dwell=1)
 
     def init(self) -> PhaseState:
         """Warm-up."""
         return PhaseState(
             phase=zero_count(),
-            factor=torch.tensor(self.factors[WARM_UP]),
-            slope=zero(),
-            start=zero(),
-            candidate=zero_count(),
+            factor=torch.tensor(self.factors[WARM_UP], dtype=torch.float32),
+            rise=zero(),
+            rise_error=zero(),
+            lowest=zero(),
+            highest=zero(),
             dwelt=zero_count(),
-            history=torch.zeros(2 * self.window),
-            non_finite=zero_count(),
+            history=torch.zeros(2 * self.window, dtype=torch.float32),
             step=zero_count(),
+            non_finite=zero_count(),
         )
 
     def update(self, state: PhaseState, *, reward: float | Tensor) -> PhaseState:
-        """One update from the rollout's mean reward."""
-        x = measurement("reward", reward, like=state.step)
-        length = 2 * self.window
-        place = torch.arange(length, device=x.device)
-        history = torch.where(place == state.step % length, x, state.history)
-        step = state.step + 1
-        full = step >= length
-        start = torch.where(step == self.window, history[: self.window].mean(), state.start)
-
-        ordered = history[(place + step) % length]
-        before, last = ordered[: self.window], ordered[self.window :]
-        spread = torch.sqrt((before.var(correction=0) + last.var(correction=0)) / 2).clamp_min(1e-6)
-        slope = (last.mean() - before.mean()) / (spread * math.sqrt(2 / self.window))
-        slope = torch.where(full, slope, 0.0)
-
-        limit = torch.where(state.phase == CLIMBING, self.leave, self.enter)
-        settled = torch.where(last.mean() - start >= self.gain * spread, CONVERGED, PLATEAU)
-        candidate = torch.where(slope > limit, CLIMBING, settled)
-        candidate = torch.where(full, candidate, WARM_UP)
-        dwelt = torch.where(candidate == state.candidate, state.dwelt + 1, 1)
-        # The end of the warm-up is a matter of count, not of noise: it does not dwell.
-        switch = (dwelt >= self.dwell) | (full & (state.phase == WARM_UP))
-        phase = torch.where(switch, candidate, state.phase)
-        factors = torch.tensor(self.factors, device=x.device)
-        new = PhaseState(
-            phase=phase,
-            factor=factors[phase],
-            slope=slope,
-            start=start,
-            candidate=candidate,
-            dwelt=dwelt,
-            history=history,
-            non_finite=state.non_finite,
-            step=step,
+        """Take in the mean reward of one rollout."""
+        reward = measurement("reward", reward, like=state.step)
+        place = torch.arange(2 * self.window, device=state.step.device)
+        newest = state.step % (2 * self.window)
+        history = torch.where(place == newest, reward, state.history)
+        age = (newest - place) % (2 * self.window)
+        length = ((state.step + 1) // 2).clamp(1, self.window)
+        mean, variance = _mean_variance(history, age < length, length)
+        mean_before, variance_before = _mean_variance(
+            history, (age >= length) & (age < 2 * length), length
         )
-        return settle(state, new, x)
+        ready = state.step >= 3
+        rise = torch.where(ready, mean - mean_before, 0.0)
+        # What float32 cannot resolve is no rise.
+        rounding = 1e-6 * (mean.abs() + mean_before.abs())
+        error = torch.where(
+            ready, ((variance + variance_before) / length).sqrt() + rounding, state.rise_error
+        )
+        first = state.step <= 3
+        new = state._replace(
+            rise=rise,
+            rise_error=error,
+            lowest=torch.where(first, mean, torch.minimum(mean, state.lowest)),
+            highest=torch.where(first, mean, torch.maximum(mean, state.highest)),
+            history=history,
+        )
+
+        wanted = self._wanted(new, mean, variance.sqrt())
+        wanted = torch.where(ready & (state.step >= self.warm_up), wanted, WARM_UP)
+        may_leave = (state.phase == WARM_UP) | (state.dwelt >= self.dwell)
+        phase = torch.where(may_leave, wanted, state.phase)
+        factor = state.factor
+        for index, value in enumerate(self.factors):
+            factor = torch.where(phase == index, value, factor)
+        dwelt = torch.where(phase == state.phase, state.dwelt + 1, 1)
+        return settle(state, new._replace(phase=phase, factor=factor, dwelt=dwelt), reward)
+
+    def _wanted(self, new: PhaseState, mean: Tensor, spread: Tensor) -> Tensor:
+        """The phase that the reward speaks for; ``new.phase`` is still the old one."""
+        climbing, converged = new.phase == CLIMBING, new.phase == CONVERGED
+        unit = new.rise_error if self.relative else torch.ones_like(new.rise_error)
+        climbs = new.rise > torch.where(climbing, self.leave, self.enter) * unit
+        level = torch.where(converged, self.level_leave, self.level_enter)
+        if self.relative:
+            extent = new.highest - new.lowest
+            stands = mean - new.lowest > level * extent
+            falls = new.rise < -torch.where(converged, self.enter, self.leave) * unit
+            moved = extent > torch.where(converged, self.leave, self.enter) * unit
+            settled = stands & ~falls & moved
+        else:
+            settled = (mean > level) & (spread < self.spread_limit)
+        return torch.where(climbs, CLIMBING, torch.where(settled, CONVERGED, PLATEAU))
+
+
+def _mean_variance(history: Tensor, mask: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance of the ``length`` places that ``mask`` marks."""
+    mean = torch.where(mask, history, 0.0).sum() / length
+    squares = torch.where(mask, history - mean, 0.0).square().sum()
+    return mean, squares / (length - 1).clamp(min=1)

@@ -29,11 +29,11 @@ class PIDState(NamedTuple):
 class PID:
     """Brings a measurement y to its setpoint r.
 
-        e = r - y,  or  y - r when ``direct``
+        e = r - y
         P = kp e
         I = I + ki e,  but not beyond where P + I + D meets a limit that e pushes towards
-        D = b D + (1 - b) kd dy_t,  of the sign of de;  0 at the first update
-        u = clamp( P + I + D, last u -+ rate_limit;  lower, upper )
+        D = b D - (1 - b) kd (y - last y),  0 at the first update
+        u = clamp( P + I + D, last u -+ rate_limit, lower, upper )
 
     The integral stops at the *final* saturation: give ``update`` the limits that the caller applies
     after this law, and I stops there too. With constant limits and kd = 0 the output leaves a limit
@@ -45,8 +45,6 @@ class PID:
         ki: Output per error and update.
         kd: Output per change of the measurement in one update.
         setpoint: r, in the unit of the measurement.
-        direct: Whether the output rises with the measurement (as process control says: direct
-            acting) instead of against it.
         lower: Least output.
         upper: Largest output.
         rate_limit: Largest change of the output in one update; it starts from 0.
@@ -70,7 +68,6 @@ class PID:
     ki: float = 0.0
     kd: float = 0.0
     setpoint: float = 0.0
-    direct: bool = False
     lower: float = -math.inf
     upper: float = math.inf
     rate_limit: float = math.inf
@@ -84,7 +81,7 @@ class PID:
             if not (gain >= 0 and math.isfinite(gain)):
                 raise ValueError(
                     f"{name} must be finite and not negative, got {gain}: "
-                    "the sign of the action is set by direct"
+                    "for an output that rises with y, give -y and -r"
                 )
         if not math.isfinite(self.setpoint):
             raise ValueError(f"setpoint must be finite, got {self.setpoint}")
@@ -118,7 +115,7 @@ class PID:
             measurement: y.
             setpoint: r of this update; None: the law's own.
             lower: The caller's own saturation, in output units: I stops there, but clamping is
-                left to the caller. Infinite is none, NaN holds the state.
+                left to the caller. Infinite is none.
             upper: Likewise.
         """
         like = state.step
@@ -126,14 +123,13 @@ class PID:
         r = as_measurement("setpoint", self.setpoint if setpoint is None else setpoint, like=like)
         low = as_measurement("lower", -math.inf if lower is None else lower, like=like)
         high = as_measurement("upper", math.inf if upper is None else upper, like=like)
-        sign = 1.0 if self.direct else -1.0
-        error = sign * (y - r)
+        error = r - y
 
         proportional = self.kp * error
         change = torch.where(state.step == 0, 0.0, y - state.measurement)
         derivative = (
             self.derivative_decay * state.derivative
-            + (1 - self.derivative_decay) * self.kd * sign * change
+            - (1 - self.derivative_decay) * self.kd * change
         )
         integral = state.integral + self.ki * error
         slowest = (state.output - self.rate_limit).clamp(min=self.lower)
@@ -155,5 +151,4 @@ class PID:
             derivative=derivative,
             measurement=y,
         )
-        # An infinite limit is none; only NaN among them refuses the update.
-        return settle(state, new, y, r, (~(low.isnan() | high.isnan())).log())
+        return settle(state, new, y, r)

@@ -1,0 +1,215 @@
+"""The example loop, run as its user runs it, on a tiny real model."""
+
+import dataclasses
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from examples.lm_rlhf import train as example
+from examples.lm_rlhf.config import tiny
+from safe_rl.monitoring import RunLog
+from tests.tiny_models import save_language_model, save_reward_model
+
+pytestmark = [
+    # transformers warns of its own renaming when peft wraps a model.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_language_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("tell me about a day\na rainy meeting\na good street\n")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def tiny_config(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+    monkeypatch.setitem(example.CONFIGS, "smollm2_135m", lambda: tiny(str(model)))
+
+
+@pytest.fixture
+def run(prompts: Path):
+    def call(output: Path, *more: str) -> int:
+        return example.main(["--output", str(output), "--prompts", str(prompts), *more])
+
+    return call
+
+
+def updates(output: Path) -> list[dict]:
+    return [r for r in RunLog.read(output / "log.jsonl") if r["record"] == "update"]
+
+
+@pytest.mark.parametrize("algorithm", ["safe", "ppo"])
+def test_a_run_leaves_log_checkpoint_and_report(tmp_path: Path, run, algorithm: str) -> None:
+    output = tmp_path / "run"
+    assert run(output, "--algorithm", algorithm) == 0
+    assert [r["step"] for r in updates(output)] == [0, 1, 2, 3]
+    for name in ("checkpoint.pt", "report.html", "report.png", "timing.jsonl"):
+        assert (output / name).stat().st_size > 0
+    assert not list(output.glob("*.tmp*"))
+
+
+def test_the_first_ratio_is_exactly_one_and_the_first_kl_exactly_zero(tmp_path: Path, run) -> None:
+    assert run(tmp_path / "run") == 0
+    first = updates(tmp_path / "run")[0]
+    assert first["ratio_first"] == 1.0
+    assert first["kl_nats_per_token"] == 0.0
+
+
+def test_at_learning_rate_zero_ratio_and_kl_stay_exact(tmp_path: Path, run) -> None:
+    assert run(tmp_path / "run", "--policy-learning-rate", "0") == 0
+    for record in updates(tmp_path / "run"):
+        assert record["ratio_max"] == 1.0
+        assert record["kl_nats_per_token"] == 0.0
+        assert record["kl_k3_nats_per_token"] == 0.0
+
+
+def test_the_policy_moves_and_the_controller_moves_once_per_rollout(tmp_path: Path, run) -> None:
+    assert run(tmp_path / "run") == 0
+    assert updates(tmp_path / "run")[-1]["kl_nats_per_token"] != 0.0
+    parts = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["parts"]
+    assert int(parts["controller"]["step"]) == 4
+
+
+@pytest.mark.parametrize("algorithm", ["safe", "ppo"])
+def test_stopped_and_resumed_equals_uninterrupted_byte_for_byte(
+    tmp_path: Path, run, algorithm: str
+) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert run(whole, "--algorithm", algorithm) == 0
+    assert run(cut, "--algorithm", algorithm, "--steps", "2") == 0
+    assert run(cut, "--algorithm", algorithm, "--resume") == 0
+
+    def lines(output: Path) -> list[str]:
+        # The short run was told of two steps and wrote samples at its last one.
+        text = (output / "log.jsonl").read_text().splitlines()
+        return [line for line in text if '"record": "update"' in line or '"update"' in line]
+
+    assert len(lines(whole)) == 4
+    assert lines(cut) == lines(whole)
+
+
+def test_ctrl_c_stops_after_the_update_with_checkpoint_and_report(
+    tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack = example.pack_rollout
+
+    def interrupted(*arguments, **named):
+        signal.raise_signal(signal.SIGINT)
+        return pack(*arguments, **named)
+
+    monkeypatch.setattr(example, "pack_rollout", interrupted)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert run(cut) == 0
+    assert len(updates(cut)) == 1
+    assert (cut / "report.html").exists()
+    monkeypatch.setattr(example, "pack_rollout", pack)
+    assert run(cut, "--resume") == 0
+    assert run(whole) == 0
+    assert (cut / "log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()
+
+
+def test_a_reward_model_from_disk(tmp_path: Path, run) -> None:
+    reward_model = save_reward_model(tmp_path / "reward")
+    assert run(tmp_path / "run", "--reward-model", str(reward_model), "--steps", "1") == 0
+    several = save_reward_model(tmp_path / "several", outputs=2)
+    label = ["--reward-label", "LABEL_1", "--steps", "1"]
+    assert run(tmp_path / "other", "--reward-model", str(several), *label) == 0
+
+
+def complains(capsys: pytest.CaptureFixture[str], *words: str) -> None:
+    lines = [ln for ln in capsys.readouterr().err.splitlines() if ln.startswith("error: ")]
+    assert len(lines) == 1
+    for word in words:
+        assert word in lines[0]
+
+
+def test_an_unknown_model_is_named(tmp_path: Path, run, capsys) -> None:
+    assert run(tmp_path / "run", "--model", str(tmp_path / "nothing")) == 2
+    complains(capsys, "model", "nothing")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_model_that_does_not_load_is_named(tmp_path: Path, run, capsys) -> None:
+    assert run(tmp_path / "run", "--reward-model", str(tmp_path / "nothing")) == 2
+    complains(capsys, "reward model", "nothing")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_model_that_returns_nan_stops_the_run(tmp_path: Path, run, capsys) -> None:
+    broken = save_reward_model(tmp_path / "broken", broken=True)
+    assert run(tmp_path / "run", "--reward-model", str(broken)) == 2
+    complains(capsys, "score must be finite", "nan")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "word"),
+    [
+        ("empty.txt", b"\n\n", "empty"),
+        ("binary.txt", b"\xff\xfe\x00", "cannot be read"),
+        ("control.txt", b"a\x00b\n", "line 1"),
+        ("bad.jsonl", b'{"prompt": "a"}\n{"text": "b"}\n', "line 2"),
+        ("missing.txt", None, "cannot be read"),
+    ],
+)
+def test_a_bad_prompt_file_is_named(tmp_path: Path, capsys, name, content, word) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    assert example.main(["--output", str(tmp_path / "run"), "--prompts", str(path)]) == 2
+    complains(capsys, name, word)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_prompt_longer_than_the_context(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "long.txt"
+    path.write_text("a good day " * 30)
+    assert example.main(["--output", str(tmp_path / "run"), "--prompts", str(path)]) == 2
+    complains(capsys, "prompt 1", "context of 64")
+
+
+def test_another_run_is_not_overwritten(tmp_path: Path, run, capsys) -> None:
+    assert run(tmp_path / "run", "--steps", "1") == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    assert run(tmp_path / "run") == 2
+    complains(capsys, "--resume")
+    assert run(tmp_path / "run", "--resume", "--seed", "5") == 2
+    complains(capsys, "other settings", "seed: 0 -> 5")
+    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_a_checkpoint_cut_in_half_is_refused_and_nothing_is_lost(
+    tmp_path: Path, run, capsys
+) -> None:
+    assert run(tmp_path / "run", "--steps", "1") == 0
+    checkpoint = tmp_path / "run" / "checkpoint.pt"
+    content = checkpoint.read_bytes()
+    checkpoint.write_bytes(content[: len(content) // 2])
+    log = (tmp_path / "run" / "log.jsonl").read_bytes()
+    assert run(tmp_path / "run", "--resume") == 2
+    complains(capsys, "checkpoint", "cut")
+    assert (tmp_path / "run" / "log.jsonl").read_bytes() == log
+
+
+def test_a_config_names_what_it_needs(model: Path) -> None:
+    with pytest.raises(ValueError, match="minibatch_size must divide batch_size, got 3 and 4"):
+        dataclasses.replace(tiny(str(model)), minibatch_size=3)
+
+
+@pytest.mark.slow
+def test_a_penalty_changes_the_policy(tmp_path: Path, run) -> None:
+    """The reference code's penalty has no gradient; ours must move the weights."""
+    rate = ["--policy-learning-rate", "0.05", "--steps", "6"]
+    assert run(tmp_path / "with", *rate, "--kl-coef", "50") == 0
+    assert run(tmp_path / "without", *rate, "--kl-coef", "0") == 0
+    with_penalty = updates(tmp_path / "with")[-1]["kl_nats_per_token"]
+    without = updates(tmp_path / "without")[-1]["kl_nats_per_token"]
+    assert with_penalty < without
