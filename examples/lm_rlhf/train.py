@@ -206,11 +206,10 @@ def train(config: Config, output: Path, *, resume: bool) -> Path:
             texts = policy.tokenizer.batch_decode(tokens, skip_special_tokens=True)
             scores = reward([prompts[i] for i in drawn], texts)
             place_score(batch, scores)
-            inputs = batch.select(*scorer.in_keys)
             with torch.no_grad():
-                scored = scorer(inputs.copy())
+                scored = score(scorer, batch, config.minibatch_size)
                 with policy.peft_model.disable_adapter():
-                    reference = scorer(inputs.copy())
+                    reference = score(scorer, batch, config.minibatch_size)
             batch["old_log_prob"] = scored["log_prob"]
             batch["entropy"] = scored["entropy"]
             batch["state_values"] = scored["state_values"]
@@ -272,6 +271,17 @@ def train(config: Config, output: Path, *, resume: bool) -> Path:
             timing.write(timing_record(step - 1, clock))
     html, _ = write_report(output)
     return html
+
+
+def total(losses: TensorDict) -> torch.Tensor:
+    """The loss: the sum of the ``loss_*`` entries."""
+    return torch.stack([v for k, v in losses.items() if k.startswith("loss_")]).sum()
+
+
+def score(scorer: nn.Module, batch: TensorDict, size: int) -> TensorDict:
+    """Re-score in pieces of the minibatch's size: one shape, so the same sums to the last bit."""
+    pieces = batch.select(*scorer.in_keys).split(size)
+    return torch.cat([scorer(piece.copy()) for piece in pieces])
 
 
 def clip(parameters: list[nn.Parameter], limit: float) -> torch.Tensor:

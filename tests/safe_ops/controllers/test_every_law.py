@@ -1,0 +1,219 @@
+"""What every control law promises. A new law is one row of LAWS."""
+
+import copy
+import dataclasses
+import math
+import pickle
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+
+from safe_ops.controllers import (
+    EMA,
+    PID,
+    AdaptiveKL,
+    Controller,
+    EntropyGatedKL,
+    Momentum,
+    Phase,
+    flatten_state,
+)
+
+SHORT = EntropyGatedKL(
+    momentum=Momentum(window=3),
+    velocity=Momentum(window=2),
+    kl_integral=PID(ki=0.1, lower=0.0, upper=0.2),
+    phases=Phase(warm_up=4, window=3, dwell=2),
+)
+GATED = ("kl", "entropy", "reward")
+LAWS = {
+    "ema": (EMA(decay=0.9), ("value",)),
+    "momentum": (Momentum(window=3), ("value",)),
+    "pid": (PID(kp=0.5, ki=0.1, kd=0.2, lower=-1.0, upper=1.0, rate_limit=0.3), ("measurement",)),
+    "phase": (Phase(warm_up=4, window=3, dwell=2), ("reward",)),
+    "adaptive_kl": (AdaptiveKL(), ("kl",)),
+    "entropy_gated": (SHORT, GATED),
+    "entropy_gated_paper": (EntropyGatedKL.paper(), GATED),
+}
+every_law = pytest.mark.parametrize(("law", "names"), LAWS.values(), ids=LAWS)
+any_float = st.floats(width=32)
+
+
+def stream(names, length, offset=0):
+    """Deterministic, lively measurements: a wave per name."""
+    return [
+        {name: torch.tensor(0.6 + 0.5 * math.sin(0.9 * t + i)) for i, name in enumerate(names)}
+        for t in range(offset, offset + length)
+    ]
+
+
+def run(law, measurements, state=None):
+    state = law.init() if state is None else state
+    for measured in measurements:
+        state = law.update(state, **measured)
+    return state
+
+
+def assert_same(a, b, *, ignore=()):
+    a, b = flatten_state(a), flatten_state(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        if name.split("__")[-1] not in ignore:
+            assert torch.equal(a[name], b[name]), f"{name}: {a[name]} and {b[name]}"
+
+
+@every_law
+def test_law_is_frozen_and_pickles(law, names):
+    assert pickle.loads(pickle.dumps(law)) == law == eval(repr(law), globals(), {"inf": math.inf})
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(law, dataclasses.fields(law)[0].name, 0.0)
+
+
+@every_law
+def test_update_is_pure(law, names):
+    state = run(law, stream(names, 6))
+    before = copy.deepcopy(state)
+    [measured] = stream(names, 1, offset=6)
+    assert_same(law.update(state, **measured), law.update(state, **measured))
+    assert_same(state, before)
+
+
+@every_law
+def test_state_shapes_and_dtypes_are_fixed(law, names):
+    first = flatten_state(law.init())
+    assert {"step", "non_finite"} <= first.keys()
+    for measured in (*stream(names, 9), dict.fromkeys(names, math.nan)):
+        state = flatten_state(run(law, [measured]))
+        for name, leaf in first.items():
+            assert leaf.dtype in (torch.float32, torch.int64)
+            assert leaf.ndim <= 1
+            assert (state[name].dtype, state[name].shape) == (leaf.dtype, leaf.shape), name
+
+
+@every_law
+def test_state_is_float32_under_another_default_dtype(law, names):
+    torch.set_default_dtype(torch.float64)
+    try:
+        state = run(law, [dict.fromkeys(names, 0.7)] * 6)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {leaf.dtype for leaf in flatten_state(state).values()} == {torch.float32, torch.int64}
+
+
+@every_law
+def test_floats_and_tensors_are_the_same(law, names):
+    floats = [{k: float(v) for k, v in measured.items()} for measured in stream(names, 6)]
+    assert_same(run(law, floats), run(law, stream(names, 6)))
+
+
+@every_law
+def test_gradients_end_at_the_law(law, names):
+    leaf = torch.tensor(0.7, requires_grad=True)
+    state = law.update(law.init(), **dict.fromkeys(names, leaf))
+    assert not any(tensor.requires_grad for tensor in flatten_state(state).values())
+
+
+@every_law
+def test_controller_moves_once_per_call_as_the_law_does(law, names):
+    controller = Controller(law)
+    for t, measured in enumerate(stream(names, 7), 1):
+        new = controller(**measured)
+        assert int(new.step) == t
+        assert_same(new, controller.state)
+        assert_same(new, run(law, stream(names, t)))
+
+
+@every_law
+def test_compiled_is_eager_and_never_recompiles(law, names):
+    eager, inner = Controller(law), Controller(law)
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(inner, fullgraph=True, backend=backend)
+    hole = {name: torch.tensor(math.nan) for name in names}
+    for t, measured in enumerate([*stream(names, 9), hole, *stream(names, 9)]):
+        assert_same(eager(**measured), compiled(**measured))
+        if t == 12:
+            inner.load_state_dict(eager.state_dict())
+    assert_same(eager.state, inner.state)
+    assert len(graphs) == 1
+
+
+@every_law
+def test_save_load_continue_is_uninterrupted(law, names, tmp_path):
+    whole, first, second = Controller(law), Controller(law), Controller(law)
+    measured = stream(names, 14)
+    for m in measured:
+        whole(**m)
+    for m in measured[:7]:
+        first(**m)
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for m in measured[7:]:
+        second(**m)
+    assert_same(whole.state, second.state)
+
+
+@every_law
+@pytest.mark.parametrize("cast", ["bfloat16", "half", "double"])
+def test_a_cast_leaves_the_state(law, names, cast):
+    controller = Controller(law)
+    for measured in stream(names, 5):
+        controller(**measured)
+    before = controller.state
+    model = torch.nn.ModuleDict({"policy": torch.nn.Linear(2, 2), "controller": controller})
+    getattr(model, cast)()
+    model.to(torch.bfloat16)
+    assert model["policy"].weight.dtype == torch.bfloat16
+    assert_same(controller.state, before)
+    assert {b.dtype for b in controller.buffers()} == {torch.float32, torch.int64}
+
+
+@every_law
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e300])
+def test_non_finite_holds_is_counted_and_is_forgotten(law, names, bad):
+    state = run(law, stream(names, 6))
+    held = run(law, [dict.fromkeys(names, bad)] * 2, state)
+    assert_same(held, state, ignore=["non_finite"])
+    assert int(held.non_finite) == 2
+    after = stream(names, 1, offset=6)
+    assert_same(run(law, after, held), run(law, after, state), ignore=["non_finite"])
+
+
+@every_law
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_any_stream_leaves_finite_numbers_and_counts_add_up(law, names, data):
+    state, calls = law.init(), data.draw(st.integers(1, 8))
+    for _ in range(calls):
+        state = law.update(state, **{name: data.draw(any_float) for name in names})
+    for name, leaf in flatten_state(state).items():
+        assert leaf.isfinite().all(), name
+    assert int(state.step + state.non_finite) == calls
+
+
+@every_law
+def test_wrong_measurements_are_named(law, names):
+    controller = Controller(law)
+    good = dict.fromkeys(names, 0.5)
+    name, kind = names[-1], type(law).__name__
+    for target in (controller, lambda **m: law.update(law.init(), **m)):
+        with pytest.raises(TypeError, match=f"{name} must be a float or a 0-d tensor, got bool"):
+            target(**good | {name: True})
+        with pytest.raises(TypeError, match=f"{name} must be a float or a real 0-d tensor, got"):
+            target(**good | {name: torch.tensor(True)})
+        with pytest.raises(TypeError, match=f"{name} must be a float or a 0-d tensor, got str"):
+            target(**good | {name: "0.5"})
+        with pytest.raises(ValueError, match=rf"{name} must be one number.*\(2, 3\): reduce it"):
+            target(**good | {name: torch.ones(2, 3)})
+        with pytest.raises(TypeError, match=rf"{kind}.*\b{name}\b"):
+            target(**{k: v for k, v in good.items() if k != name})
+        with pytest.raises(TypeError, match=rf"{kind}.*\b{name}s\b"):
+            target(**good | {f"{name}s": 0.5})
+    assert int(controller.state.step) == 0
