@@ -10,7 +10,7 @@ import argparse
 import copy
 import dataclasses
 import itertools
-import json
+import math
 import os
 import platform
 import resource
@@ -20,6 +20,7 @@ import time
 from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from tensordict import TensorDict
@@ -356,10 +357,10 @@ def open_run(
         return log, timing, 0
     if not (output / "checkpoint.pt").is_file():
         raise ValueError(f"output {output} holds no checkpoint to resume from")
-    saved = RunLog.read(output / "log.jsonl")[0]["settings"]
-    changed = sorted(k for k in settings if k != "steps" and settings[k] != saved.get(k))
+    saved, asked = flat(RunLog.read(output / "log.jsonl")[0]["settings"]), flat(settings)
+    changed = sorted(k for k in asked if k != "steps" and asked[k] != saved.get(k))
     if changed:
-        differences = ", ".join(f"{k}: {saved.get(k)!r} -> {settings[k]!r}" for k in changed)
+        differences = ", ".join(f"{k}: {saved.get(k)!r} -> {asked[k]!r}" for k in changed)
         raise ValueError(f"output {output} is a run with other settings ({differences})")
     start = load_checkpoint(output / "checkpoint.pt", parts)
     log.truncate_to(start)
@@ -368,13 +369,33 @@ def open_run(
 
 
 def run_settings(config: Config) -> dict[str, object]:
-    """The settings as JSON holds them."""
+    """The settings as strict JSON holds them: infinities are strings."""
     law = config.kl_law
     settings = dataclasses.asdict(config) | {
         "threshold_lower": law.threshold_lower,
         "threshold_upper": law.threshold_upper,
     }
-    return json.loads(json.dumps(settings, default=str))
+    return plain(settings)
+
+
+def plain(value: Any) -> Any:
+    """Settings without what JSON lacks."""
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return str(value) if isinstance(value, Path) else value
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under dotted names."""
+    table: dict[str, Any] = {}
+    for key, value in settings.items():
+        inner = flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        table.update(inner)
+    return table
 
 
 def parse(argv: list[str] | None) -> tuple[Config, Path, bool]:

@@ -92,7 +92,9 @@ class EntropyGatedKL:
         entropy_eps: Nats per token.
         gate_lower: Least gate.
         gate_upper: Largest gate. Paper: none; 20 at H = 0, beyond any margin of stability.
-        target_velocity: In units of ``reward_velocity``. Paper: 0.001 reward units per update.
+        target_velocity: In units of ``reward_velocity``. Paper: 0.001 reward units per update. A
+            reward that is level misses any positive target for ever, so that the integral would
+            sink to its limit in every converged run.
         normalize_reward: Divide the velocity by the reward's mean absolute deviation, so that the
             gains hold for any reward. Paper: False.
         pid_authority: Largest shift, as a share of threshold_upper - threshold_lower. Paper: none.
@@ -134,7 +136,7 @@ class EntropyGatedKL:
     entropy_eps: float = 0.1
     gate_lower: float = 0.5
     gate_upper: float = 4.0
-    target_velocity: float = 0.01
+    target_velocity: float = 0.0
     normalize_reward: bool = True
     pid_authority: float = 0.3
     pid_in_warm_up: bool = False

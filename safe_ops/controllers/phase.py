@@ -47,7 +47,7 @@ class Phase:
         level  = (mean(last W) - lowest) / extent
 
         climbing    rise > enter error
-        converged   else, if level > level_enter, extent > enter error and rise > -leave error
+        converged   else, if level > level_enter, extent > moved error and rise > -leave error
         plateau     else; a reward in free fall is here too
 
     ``lowest`` and ``highest`` are the extreme window means so far. While a phase holds, its own
@@ -60,6 +60,8 @@ class Phase:
         window: W, updates.
         enter: Standard errors.
         leave: Standard errors, at most ``enter``.
+        moved: Standard errors that the window means must have spanned. Those of level noise span
+            up to 5 in a long run.
         level_enter: Share of the reward's range; reward units if not ``relative``.
         level_leave: At most ``level_enter``.
         dwell: Updates.
@@ -85,8 +87,9 @@ class Phase:
 
     warm_up: int = 50
     window: int = 50
-    enter: float = 2.0
+    enter: float = 3.0
     leave: float = 1.0
+    moved: float = 6.0
     level_enter: float = 0.7
     level_leave: float = 0.6
     dwell: int = 10
@@ -103,6 +106,8 @@ class Phase:
             raise ValueError(
                 f"leave and enter must satisfy 0 <= leave <= enter, got {self.leave}, {self.enter}"
             )
+        if not 0 <= self.moved < math.inf:
+            raise ValueError(f"moved must be finite and not negative, got {self.moved}")
         if not self.level_leave <= self.level_enter:
             raise ValueError(
                 "level_leave must not exceed level_enter, "
@@ -186,7 +191,8 @@ class Phase:
             extent = new.highest - new.lowest
             stands = mean - new.lowest > level * extent
             falls = new.rise < -torch.where(converged, self.enter, self.leave) * unit
-            moved = extent > torch.where(converged, self.leave, self.enter) * unit
+            # Once converged it has moved: only its level and a fall end that.
+            moved = converged | (extent > self.moved * unit)
             settled = stands & ~falls & moved
         else:
             settled = (mean > level) & (spread < self.spread_limit)
