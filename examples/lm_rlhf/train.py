@@ -49,6 +49,8 @@ from safe_rl.monitoring.run_log import RunLog
 from safe_rl.monitoring.text_metrics import distinct_ngrams
 from safe_rl.rollouts import left_pad, minibatches, pack_rollout, place_score
 
+ROW_TILE = 16
+"""Rows; the largest tile of the matrix products seen here."""
 CONFIGS = {"smollm2_135m": smollm2_135m, "qwen2_5_3b": qwen2_5_3b}
 
 
@@ -107,7 +109,10 @@ def train(config: Config, output: Path, *, resume: bool) -> Path:
     language_model = policy.language_model
     prompts = read_prompts(config.prompts)
     prompt_ids = tokenize_prompts(policy, prompts, room=config.max_new_tokens)
-    prompt_width = max(map(len, prompt_ids))
+    # Rows of a matrix product are summed in tiles: with sequences of a whole number of tiles a
+    # token's log-prob does not depend on its row, so the ratio before an update is exactly 1.
+    longest = max(map(len, prompt_ids))
+    prompt_width = longest + -(longest + config.max_new_tokens) % ROW_TILE
     if config.reward_model is None:
         reward = vader_reward()
     else:

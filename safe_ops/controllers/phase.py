@@ -27,7 +27,7 @@ class PhaseState(NamedTuple):
     rise_error: Tensor
     """Standard error of ``rise``, from the spread within the windows."""
     lowest: Tensor
-    """Least mean of a window so far."""
+    """Least mean of a full window so far; of the two current ones until they are full."""
     highest: Tensor
     dwelt: Tensor
     """int64, updates spent in the phase."""
@@ -162,12 +162,13 @@ class Phase:
         error = torch.where(
             ready, ((variance + variance_before) / length).sqrt() + rounding, state.rise_error
         )
-        first = state.step <= 3
+        # Means of short windows are too noisy to be remembered.
+        short = state.step < 2 * self.window
         new = state._replace(
             rise=rise,
             rise_error=error,
-            lowest=torch.where(first, mean, torch.minimum(mean, state.lowest)),
-            highest=torch.where(first, mean, torch.maximum(mean, state.highest)),
+            lowest=torch.minimum(mean, torch.where(short, mean_before, state.lowest)),
+            highest=torch.maximum(mean, torch.where(short, mean_before, state.highest)),
             history=history,
         )
 

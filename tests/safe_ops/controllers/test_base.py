@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from safe_ops.controllers import EMA, AdaptiveKL, Controller, EntropyGatedKL, flatten_state
+from safe_ops.controllers import EMA, PID, AdaptiveKL, Controller, EntropyGatedKL, flatten_state
 
 
 def test_state_dict_reads_as_the_flat_state():
@@ -54,11 +54,17 @@ def test_prints_its_law():
 
 
 def test_optional_measurements_are_known_to_the_controller():
-    from safe_ops.controllers import PID
-
     controller = Controller(PID(kp=1.0))
     assert controller.measurements == ("measurement", "setpoint", "lower", "upper")
     assert controller(measurement=1.0, setpoint=3.0).output == 2.0
+
+
+def test_an_overflow_of_finite_measurements_is_refused():
+    law = EMA(decay=0.5)
+    state = law.update(law.init(), value=3e38)
+    after = law.update(state, value=-3e38)
+    assert torch.equal(after.value, state.value)
+    assert (int(after.step), int(after.non_finite)) == (1, 1)
 
 
 def test_needs_torch_alone():

@@ -89,7 +89,7 @@ def test_paper_is_the_printed_law():
     noise = torch.randn(3, 130, generator=generator).tolist()
     kls = [0.006 * t + 0.05 * n for t, n in enumerate(noise[0])]
     entropies = [abs(2.0 + n) for n in noise[1]]
-    rewards = [min(0.75, 0.01 * t) + 0.01 * n for t, n in enumerate(noise[2])]
+    rewards = [min(0.75, 0.03 * t) + 0.005 * n for t, n in enumerate(noise[2])]
     states = run(EntropyGatedKL.paper(), kls, entropies, rewards)
     expected = paper_reference(kls, entropies, rewards)
     assert {row["phase"] for row in expected} == {0, 1, 2}
@@ -177,14 +177,28 @@ def test_the_kl_is_controlled_while_the_reward_is_missing():
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_missing_kl_never_opens_the_loop(bad):
     states = run(SHORT, [1.5] * 3 + [bad] * 5)
-    assert float(states[-1].kl_coef) == pytest.approx(float(states[2].kl_coef))
-    assert float(states[-1].kl_coef) > 0
+    # Still f' at the last good KL, under the threshold of today.
+    assert float(states[-1].kl_coef) == pytest.approx(
+        2 * (1.5 - float(states[-1].kl_threshold)), rel=1e-5
+    )
     assert int(states[-1].non_finite) == 5
 
 
 def test_a_missing_entropy_holds_the_gate():
     states = run(SHORT, [0.5] * 3, entropy=[1.0, math.nan, math.inf])
     assert {float(s.entropy_gate) for s in states} == {float(states[0].entropy_gate)}
+
+
+def test_an_entropy_below_0_has_the_strongest_gate():
+    assert float(run(SHORT, [0.5], entropy=-0.5)[-1].entropy_gate) == 4.0
+
+
+def test_velocity_is_in_deviations_of_the_reward():
+    # EMA (d = 0.95) of 1, 3 is 1 + 2/1.95; over the window of 3; the only deviation is 2.
+    states = run(SHORT, 0.1, reward=[1.0, 3.0])
+    assert float(states[0].reward_velocity) == 0.0
+    assert float(states[1].reward_deviation.value) == 2.0
+    assert float(states[1].reward_velocity) == pytest.approx(2 / 1.95 / 3 / 2)
 
 
 def test_threshold_follows_the_reward():
@@ -203,6 +217,14 @@ def test_threshold_does_not_depend_on_the_rewards_unit(scale):
     b = run(SHORT, 0.1, reward=[scale * r for r in rewards])
     for one, other in zip(a, b, strict=True):
         assert float(one.kl_threshold) == pytest.approx(float(other.kl_threshold), abs=1e-4)
+
+
+def test_a_level_reward_does_not_sink_the_threshold():
+    rewards = [0.3 + 0.01 * (-1) ** t for t in range(60)]
+    level = run(SHORT, 0.1, reward=rewards)[-1]
+    missed = run(dataclasses.replace(SHORT, target_velocity=0.1), 0.1, reward=rewards)[-1]
+    assert abs(float(level.threshold_shift)) < 0.05
+    assert float(missed.threshold_shift) == pytest.approx(-0.15)
 
 
 def test_pid_is_enabled_without_a_bump():

@@ -41,6 +41,13 @@ def test_a_crash_is_a_plateau():
     assert names(run(SHORT, [float(r) for r in rewards]))[-1] == "plateau"
 
 
+def test_a_fall_from_a_high_level_is_a_plateau_at_once():
+    rewards = [float(r) for r in torch.linspace(0, 1, 20)] + [1.0] * 8
+    assert names(run(SHORT, rewards))[-1] == "converged"
+    # Still at 0.85 of its range, but falling.
+    assert names(run(SHORT, [*rewards, *[0.85] * 4]))[-1] == "plateau"
+
+
 def test_a_constant_reward_is_a_plateau():
     states = run(SHORT, [0.3] * 20)
     assert set(names(states)[4:]) == {"plateau"}
@@ -56,7 +63,7 @@ def test_windows_by_hand():
     # Five: the window slides, (2, 4) and (6, 0).
     state = run(Phase(warm_up=0, window=2), [1.0, 2.0, 4.0, 6.0, 0.0])[-1]
     assert float(state.rise) == pytest.approx(0.0)
-    assert (float(state.lowest), float(state.highest)) == (3.0, 5.0)
+    assert (float(state.lowest), float(state.highest)) == (1.5, 5.0)
 
 
 def test_before_the_windows_are_full_they_are_halves():
@@ -66,20 +73,19 @@ def test_before_the_windows_are_full_they_are_halves():
 
 @settings(max_examples=20, deadline=None)
 @given(
-    rewards=st.lists(st.integers(-8, 8), min_size=5, max_size=20),
+    rewards=st.lists(st.floats(-8, 8, width=16), min_size=5, max_size=20),
     scale=st.sampled_from([0.25, 4.0, 64.0]),
-    shift=st.sampled_from([0.0, 2.0, -16.0]),
 )
-def test_phases_do_not_depend_on_the_rewards_unit(rewards, scale, shift):
-    a = run(SHORT, [float(r) for r in rewards])
-    b = run(SHORT, [scale * r + shift for r in rewards])
-    near = any(
-        abs(float(s.rise) / max(float(s.rise_error), 1e-9) - z) < 1e-3
-        for s in a
-        for z in (2, 1, -1, -2)
-    )
-    # On the very limit rounding may decide.
-    assert near or names(a) == names(b)
+def test_phases_do_not_depend_on_the_rewards_unit(rewards, scale):
+    # Powers of two scale without rounding, so this holds on every limit too.
+    assert names(run(SHORT, rewards)) == names(run(SHORT, [scale * r for r in rewards]))
+
+
+def test_phases_do_not_depend_on_the_rewards_zero():
+    rewards = [float(r) for r in noise(60).cumsum(0)]
+    phases = names(run(SHORT, rewards))
+    assert set(phases) == set(PHASE_NAMES)
+    assert phases == names(run(SHORT, [r + 2.0 for r in rewards]))
 
 
 @settings(max_examples=25, deadline=None)
@@ -93,21 +99,21 @@ def test_a_phase_lasts_at_least_its_dwell(rewards):
 
 
 def test_does_not_flap_where_the_printed_rule_does():
-    rewards = [float(r) for r in 0.04 * noise(1000) + 0.7]
+    rewards = [float(r) for r in 0.04 * noise(600) + 0.7]
     ours, printed = run(Phase(), rewards), run(Phase.paper(), rewards)
 
     def switches(states):
         return sum(a.phase != b.phase for a, b in itertools.pairwise(states))
 
-    assert switches(ours) < 10 < 20 < switches(printed)
+    assert switches(ours) <= 5 < 15 <= switches(printed)
 
 
 def test_hysteresis():
-    # One climb of 1.5 standard errors: kept by a climbing run, not enough to begin one.
+    # A climb of 1.4 standard errors: kept by a climbing run, not enough to begin one.
     limits = {"warm_up": 0, "window": 2, "dwell": 1}
     rewards = [0.0, 0.1, 1.0, 1.1, 1.1, 1.27]
     z = [float(s.rise / s.rise_error) for s in run(Phase(**limits), rewards)]
-    assert 1 < z[-1] < 2
+    assert 1 < z[-1] < 3
     assert names(run(Phase(**limits), rewards))[3] == "climbing"
     assert names(run(Phase(**limits), rewards))[-1] == "climbing"
     assert names(run(Phase(**limits, leave=2.0), rewards))[-1] != "climbing"
@@ -130,7 +136,8 @@ def test_paper_by_hand():
         ({"window": 1}, "window must be a whole number, at least 2, got 1"),
         ({"warm_up": -1}, "warm_up must be"),
         ({"dwell": 0}, "dwell must be"),
-        ({"leave": 3.0}, "leave <= enter, got 3.0, 2.0"),
+        ({"leave": 4.0}, "leave <= enter, got 4.0, 3.0"),
+        ({"moved": -1.0}, "moved must be finite and not negative"),
         ({"level_leave": 0.9}, "level_leave must not exceed level_enter"),
         ({"factors": (1.0, 1.0, 0.0, 1.0)}, "factors must be four positive numbers"),
         ({"factors": (1.0, 1.0)}, "factors must be four positive numbers"),
