@@ -132,7 +132,11 @@ def kl_exact(logits: Tensor, ref_logits: Tensor) -> Tensor:
 
 def _log_weights(log_prob: Tensor, old_log_prob: Tensor | None) -> Tensor:
     behaviour = log_prob.detach() if old_log_prob is None else old_log_prob.detach()
-    _check_shapes(log_prob, behaviour)
+    if log_prob.shape != behaviour.shape:
+        raise ValueError(
+            "log_prob and old_log_prob must have one shape, got "
+            f"{tuple(log_prob.shape)} and {tuple(behaviour.shape)}"
+        )
     return log_prob - behaviour
 
 

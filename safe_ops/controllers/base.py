@@ -47,7 +47,8 @@ class Controller(nn.Module, Generic[StateT]):
     state is never cast: in bfloat16 an average of decay 0.99 does not move.
 
     Args:
-        law: A ``ControlLaw``.
+        law: A ``ControlLaw``. Its keyword-only parameters of ``update`` are ``measurements``, or
+            ``optional`` where they have a default.
 
     Raises:
         TypeError: A measurement is missing, misspelt, or neither a float nor a 0-d tensor.
@@ -74,8 +75,9 @@ class Controller(nn.Module, Generic[StateT]):
             for p in inspect.signature(law.update).parameters.values()
             if p.kind is inspect.Parameter.KEYWORD_ONLY
         ]
-        self.measurements: tuple[str, ...] = tuple(p.name for p in parameters)
-        self._required = tuple(p.name for p in parameters if p.default is inspect.Parameter.empty)
+        empty = inspect.Parameter.empty
+        self.measurements: tuple[str, ...] = tuple(p.name for p in parameters if p.default is empty)
+        self.optional: tuple[str, ...] = tuple(p.name for p in parameters if p.default is not empty)
 
     @property
     def state(self) -> StateT:
@@ -96,11 +98,12 @@ class Controller(nn.Module, Generic[StateT]):
         return repr(self.law)
 
     def _check_names(self, measurements: dict[str, Any]) -> None:
-        missing = [name for name in self._required if name not in measurements]
-        unknown = [name for name in measurements if name not in self.measurements]
+        missing = [name for name in self.measurements if name not in measurements]
+        known = (*self.measurements, *self.optional)
+        unknown = [name for name in measurements if name not in known]
         if missing or unknown:
             raise TypeError(
-                f"{type(self.law).__name__} needs the measurements {', '.join(self._required)}; "
+                f"{type(self.law).__name__} needs the measurements {', '.join(self.measurements)}; "
                 f"missing: {', '.join(missing) or 'none'}, unknown: {', '.join(unknown) or 'none'}"
             )
 
