@@ -79,7 +79,7 @@ def short_run_law() -> EntropyGatedKL:
         kl_filter=EMA(decay=0.5),
         momentum=Momentum(window=5),
         reward_filter=EMA(decay=0.8),
-        phases=Phase(window=5, dwell=3),
+        phases=Phase(window=5, warm_up=5, dwell=3),
     )
 
 

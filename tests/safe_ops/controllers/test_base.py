@@ -55,7 +55,8 @@ def test_prints_its_law():
 
 def test_optional_measurements_are_known_to_the_controller():
     controller = Controller(PID(kp=1.0))
-    assert controller.measurements == ("measurement", "setpoint", "lower", "upper")
+    assert controller.measurements == ("measurement",)
+    assert controller.optional == ("setpoint", "lower", "upper")
     assert controller(measurement=1.0, setpoint=3.0).output == 2.0
 
 
