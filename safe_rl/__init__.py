@@ -10,6 +10,7 @@ from safe_rl.objectives import (
     PPOLoss,
     SAFELoss,
     SoftMinValueLoss,
+    TokenKLLoss,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "SoftMinCritic",
     "SoftMinGAE",
     "SoftMinValueLoss",
+    "TokenKLLoss",
 ]

@@ -1,28 +1,55 @@
 """Advantages from pessimistic values, and rewards with the KL in them."""
 
+from dataclasses import dataclass
+
+import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase
+from tensordict.nn import dispatch
+from tensordict.utils import NestedKey
 from torch import Tensor
+from torchrl.objectives.value import ValueEstimatorBase
 
-from safe_ops import generalized_advantage_estimate, kl_shaped_reward, masked_whiten, soft_min
-from safe_rl.keys import RESPONSE_MASK, read, read_per_token
+from safe_ops import (
+    fill_masked,
+    generalized_advantage_estimate,
+    kl_shaped_reward,
+    masked_sum,
+    soft_min,
+)
+from safe_rl.controllers import sum_over_ranks
+from safe_rl.keys import (
+    RESPONSE_MASK,
+    KeyedModule,
+    at_least_float32,
+    read,
+    read_coefficient,
+    read_heads,
+    read_per_token,
+)
 
 
-class SoftMinGAE(TensorDictModuleBase):
+class SoftMinGAE(ValueEstimatorBase):
     """Generalised advantages whose value is the soft-min of the critic's heads.
 
-    Reads ``state_values`` [B, T, K], ``reward``, ``terminated``, ``truncated`` [B, T, 1],
-    ``response_mask`` [B, T] and, where there is one, ``bootstrap_values`` [B, K]. Writes
-    ``state_value``, ``advantage`` and ``value_target`` [B, T, 1]; the heads share the target.
+        V_t = soft_min_k v_tk;   advantage, value_target = GAE(reward, V)
+
+    Reads ``state_values`` [B, T, K] (the target critic's, before token t), ``reward``,
+    ``terminated``, ``truncated`` [B, T, 1] and ``response_mask`` [B, T]; where there is one,
+    ``bootstrap_values`` [B, K] after the last token, or ``("next", "state_values")`` [B, T, K]
+    after every step, which rows with several episodes need. Writes ``state_value``,
+    ``advantage`` and ``value_target`` [B, T, 1]; the heads share the target.
+
+    Whitening is over all tokens of all ranks, so call this on the whole rollout.
 
     Args:
         temperature: Of the soft-min, in reward units.
         discount: Per token.
         gae_lambda: In [0, 1].
-        average_gae: Whiten the advantages over the batch, which should be the whole rollout.
+        average_gae: Whiten the advantages.
 
     Raises:
-        ValueError: a key is missing or of the wrong shape.
+        ValueError: a value is out of range, a key is missing or of the wrong shape, or a
+            truncated row has no value to bootstrap from.
 
     Source: Schulman et al. (arXiv 1506.02438); SAFE (arXiv 2602.04651).
 
@@ -36,8 +63,20 @@ class SoftMinGAE(TensorDictModuleBase):
         tensor([1., 1.])
     """
 
-    in_keys = ["state_values", "reward", "terminated", "truncated", RESPONSE_MASK]  # noqa: RUF012
-    out_keys = ["state_value", "advantage", "value_target"]  # noqa: RUF012
+    @dataclass
+    class _AcceptedKeys:
+        state_values: NestedKey = "state_values"
+        reward: NestedKey = "reward"
+        terminated: NestedKey = "terminated"
+        truncated: NestedKey = "truncated"
+        response_mask: NestedKey = RESPONSE_MASK
+        bootstrap_values: NestedKey = "bootstrap_values"
+        next_state_values: NestedKey = ("next", "state_values")
+        value: NestedKey = "state_value"
+        advantage: NestedKey = "advantage"
+        value_target: NestedKey = "value_target"
+
+    default_keys = _AcceptedKeys
 
     def __init__(
         self,
@@ -45,45 +84,100 @@ class SoftMinGAE(TensorDictModuleBase):
         temperature: float = 0.3,
         discount: float = 1.0,
         gae_lambda: float = 0.95,
-        average_gae: bool = False,
+        average_gae: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(value_network=None)
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
+        for name, value in {"discount": discount, "gae_lambda": gae_lambda}.items():
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {value}")
         self.temperature = temperature
         self.discount = discount
         self.gae_lambda = gae_lambda
         self.average_gae = average_gae
 
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """What is read; the last two may be missing."""
+        keys = self.tensor_keys
+        return [
+            keys.state_values,
+            keys.reward,
+            keys.terminated,
+            keys.truncated,
+            keys.response_mask,
+            keys.bootstrap_values,
+            keys.next_state_values,
+        ]
+
+    @property
+    def out_keys(self) -> list[NestedKey]:
+        """What is written."""
+        keys = self.tensor_keys
+        return [keys.value, keys.advantage, keys.value_target]
+
+    @dispatch
+    @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write ``state_value``, ``advantage`` and ``value_target``."""
-        mask = read(tensordict, RESPONSE_MASK)
-        value = soft_min(read(tensordict, "state_values").float(), self.temperature)
-        bootstrap = tensordict.get("bootstrap_values", None)
+        keys = self.tensor_keys
+        mask = read(tensordict, keys.response_mask)
+        value = soft_min(read_heads(tensordict, keys.state_values, mask), self.temperature)
+        truncated = read_per_token(tensordict, keys.truncated, mask)
+        following: dict[str, Tensor] = {}
+        if tensordict.get(keys.next_state_values, None) is not None:
+            after = read_heads(tensordict, keys.next_state_values, mask)
+            following["next_value"] = soft_min(after, self.temperature)
+        elif tensordict.get(keys.bootstrap_values, None) is not None:
+            after = at_least_float32(tensordict.get(keys.bootstrap_values))
+            following["bootstrap_value"] = soft_min(after, self.temperature)
+        elif (truncated & mask).any():
+            raise ValueError(
+                f"a truncated row needs {keys.bootstrap_values!r} or {keys.next_state_values!r}, "
+                "got neither; a response that was scored is terminated, not truncated"
+            )
         estimate = generalized_advantage_estimate(
-            read_per_token(tensordict, "reward", mask).float(),
+            read_per_token(tensordict, keys.reward, mask).to(value.dtype),
             value,
             mask=mask,
-            terminated=read_per_token(tensordict, "terminated", mask),
-            truncated=read_per_token(tensordict, "truncated", mask),
-            bootstrap_value=None if bootstrap is None else soft_min(bootstrap, self.temperature),
+            terminated=read_per_token(tensordict, keys.terminated, mask),
+            truncated=truncated,
             discount=self.discount,
             gae_lambda=self.gae_lambda,
+            **following,
         )
-        advantage: Tensor = estimate.advantage
+        advantage = estimate.advantage
         if self.average_gae:
-            advantage = masked_whiten(advantage, mask)
-        tensordict.set("state_value", value.unsqueeze(-1))
-        tensordict.set("advantage", advantage.unsqueeze(-1))
-        tensordict.set("value_target", estimate.value_target.unsqueeze(-1))
+            advantage = whiten_over_ranks(advantage, mask)
+        tensordict.set(keys.value, value.unsqueeze(-1))
+        tensordict.set(keys.advantage, advantage.unsqueeze(-1))
+        tensordict.set(keys.value_target, estimate.value_target.unsqueeze(-1))
         return tensordict
 
 
-class KLReward(TensorDictModuleBase):
+def whiten_over_ranks(x: Tensor, mask: Tensor, *, eps: float = 1e-8) -> Tensor:
+    """``safe_ops.masked_whiten`` with the mean and variance of all ranks.
+
+    Example:
+        >>> whiten_over_ranks(torch.tensor([1.0, 3.0, 9.0]), torch.tensor([True, True, False]))
+        tensor([-1.,  1.,  0.])
+    """
+    total, count = sum_over_ranks(masked_sum(x.double(), mask), mask.sum())
+    centred = fill_masked(x.double(), mask) - total / count.clamp_min(1)
+    (square,) = sum_over_ranks(masked_sum(centred.square(), mask))
+    whitened = centred * torch.rsqrt(square / count.clamp_min(1) + eps)
+    return fill_masked(whitened, mask).to(x.dtype)
+
+
+class KLReward(KeyedModule):
     """Takes the KL off the reward, token by token, for PPO.
 
         reward_t <- reward_t - kl_reward_coef * k1_t
 
     Reads ``reward`` [B, T, 1], ``old_log_prob``, ``ref_log_prob``, ``response_mask`` [B, T] and
-    ``kl_reward_coef`` [B]; rewrites ``reward``.
+    ``kl_reward_coef`` [B]. Rewrites ``reward``, so call it once a rollout;
+    ``set_keys(shaped_reward=...)`` writes elsewhere.
 
     Raises:
         ValueError: a key is missing or of the wrong shape.
@@ -99,17 +193,38 @@ class KLReward(TensorDictModuleBase):
         tensor(0.7500)
     """
 
-    in_keys = ["reward", "old_log_prob", "ref_log_prob", "kl_reward_coef", RESPONSE_MASK]  # noqa: RUF012
-    out_keys = ["reward"]  # noqa: RUF012
+    @dataclass
+    class _AcceptedKeys:
+        reward: NestedKey = "reward"
+        old_log_prob: NestedKey = "old_log_prob"
+        ref_log_prob: NestedKey = "ref_log_prob"
+        kl_reward_coef: NestedKey = "kl_reward_coef"
+        response_mask: NestedKey = RESPONSE_MASK
+        shaped_reward: NestedKey = "reward"
 
+    default_keys = _AcceptedKeys
+
+    def _set_in_out_keys(self) -> None:
+        keys = self.tensor_keys
+        self.in_keys = [
+            keys.reward,
+            keys.old_log_prob,
+            keys.ref_log_prob,
+            keys.kl_reward_coef,
+            keys.response_mask,
+        ]
+        self.out_keys = [keys.shaped_reward]
+
+    @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Rewrite ``reward``."""
-        mask = read(tensordict, RESPONSE_MASK)
+        """Write the shaped reward, [B, T, 1]."""
+        keys = self.tensor_keys
+        mask = read(tensordict, keys.response_mask)
         shaped = kl_shaped_reward(
-            read_per_token(tensordict, "reward", mask),
-            read_per_token(tensordict, "old_log_prob", mask),
-            read_per_token(tensordict, "ref_log_prob", mask),
+            read_per_token(tensordict, keys.reward, mask),
+            read_per_token(tensordict, keys.old_log_prob, mask),
+            read_per_token(tensordict, keys.ref_log_prob, mask),
             mask=mask,
-            coef=read(tensordict, "kl_reward_coef").reshape(-1, 1),
+            coef=fill_masked(read_coefficient(tensordict, keys.kl_reward_coef, mask), mask),
         )
-        return tensordict.set("reward", shaped.unsqueeze(-1))
+        return tensordict.set(keys.shaped_reward, shaped.unsqueeze(-1))

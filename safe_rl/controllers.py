@@ -1,27 +1,51 @@
 """A controller in a TensorDict pipeline, and the measurements that it needs."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase
+from tensordict.nn import TensorDictModuleBase, dispatch
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from safe_ops import masked_sum
+from safe_ops import kl_k1, masked_sum
 from safe_ops.controllers import Controller
-from safe_rl.keys import RESPONSE_MASK, read, read_per_token
+from safe_ops.controllers.base import ControlLaw, flatten_state
+from safe_rl.keys import RESPONSE_MASK, RESPONSE_TOKENS_MEAN, KeyedModule, read, read_per_token
 
 
-class PolicyMeasurements(TensorDictModuleBase):
+def sum_over_ranks(*values: Tensor) -> tuple[Tensor, ...]:
+    """0-d sums and counts, added over all ranks in one message; float64.
+
+    Without a process group they are what they were.
+
+    Example:
+        >>> sum_over_ranks(torch.tensor(2.0), torch.tensor(3))
+        (tensor(2., dtype=torch.float64), tensor(3., dtype=torch.float64))
+    """
+    sums = torch.stack([value.detach().double() for value in values])
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(sums)
+    return sums.unbind()
+
+
+class PolicyMeasurements(KeyedModule):
     """KL, entropy and reward of a rollout, as the controllers take them: one number each.
 
         kl      = sum over all response tokens of log pi - log ref, by their number
         entropy = the same mean of the entropy            reward = mean score of the sequences
 
     Sums and counts are added over all ranks first, so every rank gets the same numbers, whatever
-    the lengths of its responses. Reads ``old_log_prob``, ``ref_log_prob``, ``entropy``,
-    ``response_mask`` [B, T] and ``score`` [B]; writes ``("measurements", "kl" | "entropy" |
-    "reward")``, expanded to [B]. Nats per token.
+    the lengths of its responses. A token that counts and is not finite makes the mean NaN, which
+    the laws refuse; padding may hold anything.
+
+    Reads ``old_log_prob``, ``ref_log_prob``, ``entropy``, ``response_mask`` [B, T] and ``score``
+    [B]; writes ``("measurements", "kl" | "entropy" | "reward")`` in nats per token and reward
+    per sequence, and ``response_tokens_mean``, the objectives' denominator, all float32 and
+    expanded to the batch.
 
     Raises:
         ValueError: a key is missing or of the wrong shape.
@@ -35,40 +59,67 @@ class PolicyMeasurements(TensorDictModuleBase):
         tensor([1.])
     """
 
-    in_keys = ["old_log_prob", "ref_log_prob", "entropy", RESPONSE_MASK, "score"]  # noqa: RUF012
-    out_keys = [  # noqa: RUF012
-        ("measurements", "kl"),
-        ("measurements", "entropy"),
-        ("measurements", "reward"),
-    ]
+    @dataclass
+    class _AcceptedKeys:
+        old_log_prob: NestedKey = "old_log_prob"
+        ref_log_prob: NestedKey = "ref_log_prob"
+        entropy: NestedKey = "entropy"
+        response_mask: NestedKey = RESPONSE_MASK
+        score: NestedKey = "score"
+        kl: NestedKey = ("measurements", "kl")
+        measured_entropy: NestedKey = ("measurements", "entropy")
+        measured_reward: NestedKey = ("measurements", "reward")
+        response_tokens_mean: NestedKey = RESPONSE_TOKENS_MEAN
 
+    default_keys = _AcceptedKeys
+
+    def _set_in_out_keys(self) -> None:
+        keys = self.tensor_keys
+        self.in_keys = [
+            keys.old_log_prob,
+            keys.ref_log_prob,
+            keys.entropy,
+            keys.response_mask,
+            keys.score,
+        ]
+        self.out_keys = [
+            keys.kl,
+            keys.measured_entropy,
+            keys.measured_reward,
+            keys.response_tokens_mean,
+        ]
+
+    @dispatch
+    @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the measurements."""
-        mask = read(tensordict, RESPONSE_MASK)
+        keys = self.tensor_keys
+        mask = read(tensordict, keys.response_mask)
         old, ref, entropy = (
             read_per_token(tensordict, key, mask).double()
-            for key in ("old_log_prob", "ref_log_prob", "entropy")
+            for key in (keys.old_log_prob, keys.ref_log_prob, keys.entropy)
         )
-        score = read(tensordict, "score").double()
-        sums = torch.stack(
-            [
-                masked_sum(old - ref, mask),
-                masked_sum(entropy, mask),
-                mask.sum().double(),
-                score.sum(),
-                torch.full_like(score.sum(), score.numel()),
-            ]
+        score = read(tensordict, keys.score)
+        if score.numel() != mask[..., 0].numel():
+            raise ValueError(
+                f"{keys.score!r} must hold one score per sequence, "
+                f"got {tuple(score.shape)} and mask {tuple(mask.shape)}"
+            )
+        kl, entropy_sum, tokens, score_sum, rows = sum_over_ranks(
+            masked_sum(kl_k1(old, ref), mask),
+            masked_sum(entropy, mask),
+            mask.sum(),
+            score.double().sum(),
+            torch.tensor(score.numel(), device=score.device),
         )
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(sums)
-        kl, entropy_sum, tokens, score_sum, rows = sums.unbind()
-        means = {
-            "kl": kl / tokens.clamp_min(1),
-            "entropy": entropy_sum / tokens.clamp_min(1),
-            "reward": score_sum / rows.clamp_min(1),
-        }
-        for name, value in means.items():
-            tensordict.set(("measurements", name), value.float().expand(tensordict.batch_size))
+        for key, total, count in (
+            (keys.kl, kl, tokens),
+            (keys.measured_entropy, entropy_sum, tokens),
+            (keys.measured_reward, score_sum, rows),
+            (keys.response_tokens_mean, tokens, rows),
+        ):
+            # Of nothing there is no mean: NaN, which the laws refuse and count.
+            tensordict.set(key, (total / count).float().expand(tensordict.batch_size))
         return tensordict
 
 
@@ -78,17 +129,20 @@ class ControllerModule(TensorDictModuleBase):
     Call it once per rollout. Coefficients are expanded over the batch, which costs nothing.
 
     Args:
-        controller: Holds the law and its state.
-        in_keys: Measurement name to batch key, reduced over ranks and alike in all rows.
-        out_keys: Batch key to field of the law's state.
+        controller: Holds the law and its state; a law is put into a new ``Controller``.
+        in_keys: Measurement name to batch key, reduced over tokens and ranks, alike in all rows.
+            None: ``("measurements", name)`` of each that the law takes.
+        out_keys: Batch key to field of the law's state, ``outer__inner`` for a nested one.
+            None: the decisions of ``EntropyGatedKL``.
 
     Raises:
-        ValueError: a key is missing.
+        ValueError: a field is not in the state, a key is missing, or a measurement was not
+            reduced to one number.
 
     Example:
         >>> from tensordict import TensorDict
         >>> from safe_ops.controllers import EntropyGatedKL
-        >>> module = ControllerModule(Controller(EntropyGatedKL()))
+        >>> module = ControllerModule(EntropyGatedKL())
         >>> batch = TensorDict({"measurements": {"kl": torch.ones(2), "entropy": torch.ones(2),
         ...     "reward": torch.zeros(2)}}, [2])
         >>> module(batch)["kl_coef"].shape
@@ -97,30 +151,60 @@ class ControllerModule(TensorDictModuleBase):
 
     def __init__(
         self,
-        controller: Controller,
+        controller: Controller | ControlLaw[Any],
         *,
-        in_keys: dict[str, NestedKey] | None = None,
-        out_keys: dict[NestedKey, str] | None = None,
+        in_keys: Mapping[str, NestedKey] | None = None,
+        out_keys: Mapping[NestedKey, str] | None = None,
     ) -> None:
         super().__init__()
-        names = ("kl", "entropy", "reward")
-        self.measurement_keys = in_keys or {name: ("measurements", name) for name in names}
-        fields = ("kl_threshold", "entropy_gate", "kl_momentum", "kl_coef")
-        self.decisions = out_keys or {field: field for field in fields}
+        if not isinstance(controller, Controller):
+            controller = Controller(controller)
+        if in_keys is None:
+            in_keys = {name: ("measurements", name) for name in controller.measurements}
+        if out_keys is None:
+            fields = ("kl_threshold", "entropy_gate", "kl_momentum", "kl_coef")
+            out_keys = {field: field for field in fields}
+        known = [name for name, value in flatten_state(controller.state).items() if value.ndim == 0]
+        for field in out_keys.values():
+            if field not in known:
+                raise ValueError(
+                    f"out_keys must name fields of the state of {type(controller.law).__name__}, "
+                    f"got {field!r}, known: {known}"
+                )
         self.controller = controller
+        self.measurement_keys = dict(in_keys)
+        self.decisions = dict(out_keys)
         self.in_keys = list(self.measurement_keys.values())
         self.out_keys = list(self.decisions)
 
+    @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Move the controller and write its decisions."""
-        state = self.controller(
-            **{name: one_of(read(tensordict, key)) for name, key in self.measurement_keys.items()}
-        )
+        measured = {
+            name: one_of(key, read(tensordict, key)) for name, key in self.measurement_keys.items()
+        }
+        state = flatten_state(self.controller(**measured))
         for key, name in self.decisions.items():
-            tensordict.set(key, getattr(state, name).expand(tensordict.batch_size))
+            tensordict.set(key, state[name].expand(tensordict.batch_size))
         return tensordict
 
 
-def one_of(expanded: Tensor) -> Tensor:
-    """The number that an expanded measurement holds in every row, 0-d."""
-    return expanded.flatten()[0]
+def one_of(key: NestedKey, expanded: Tensor) -> Tensor:
+    """The number that an expanded measurement holds in every row, 0-d.
+
+    Raises:
+        ValueError: there is none, or the rows differ: per-token values under the name of a mean.
+
+    Example:
+        >>> one_of("kl", torch.tensor([0.5, 0.5]))
+        tensor(0.5000)
+    """
+    values = expanded.detach().flatten()
+    alike = (values == values[:1]) | (values.isnan() & values[:1].isnan())
+    # Once per rollout a look at the values costs nothing next to the rollout.
+    if values.numel() == 0 or not alike.all():
+        raise ValueError(
+            f"{key!r} must hold one number, alike in all rows, got shape {tuple(expanded.shape)}: "
+            "reduce it over tokens and ranks first, see PolicyMeasurements"
+        )
+    return values[0]

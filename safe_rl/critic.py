@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from safe_ops import soft_min
+from safe_rl.keys import at_least_float32
 
 
 class SoftMinCritic(nn.Module):
@@ -11,7 +12,8 @@ class SoftMinCritic(nn.Module):
 
         values_k = W2_k GELU(W1_k LayerNorm(h))        value = soft_min(values, temperature)
 
-    Heads start near 0 and differ, since their first layers do. Arithmetic is float32.
+    Heads start near 0 and differ, since their first layers do. Keep the parameters in float32: in
+    bfloat16 a value has three digits, whatever it is cast to afterwards.
 
     Args:
         hidden_size: H.
@@ -42,9 +44,9 @@ class SoftMinCritic(nn.Module):
         self.heads = nn.ModuleList(_head(hidden_size, inner) for _ in range(num_heads))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Values of all heads, [..., H] -> [..., K], float32."""
+        """Values of all heads, [..., H] -> [..., K], at least float32."""
         normed = self.norm(hidden.to(self.norm.weight.dtype))
-        return torch.cat([head(normed) for head in self.heads], -1).float()
+        return at_least_float32(torch.cat([head(normed) for head in self.heads], -1))
 
     def value(self, hidden: Tensor) -> Tensor:
         """Soft-min of the heads, [..., H] -> [...]."""

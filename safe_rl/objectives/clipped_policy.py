@@ -20,8 +20,9 @@ class ClippedPolicyLoss(Objective):
 
     Args:
         network: See ``Objective``.
-        clip: Half-width of the trust interval of the ratio.
-        entropy_coef: 0 for none.
+        clip: Half-width of the trust interval of the ratio, or (low, high).
+        entropy_coef: 0 for none. ``loss.entropy_coef = 0.003`` changes it in place.
+        functional: See ``Objective``.
 
     Raises:
         ValueError: a value is out of range, or a key is missing or of the wrong shape.
@@ -46,7 +47,10 @@ class ClippedPolicyLoss(Objective):
 
     default_keys = _AcceptedKeys
     tensor_keys: _AcceptedKeys
+    _schedulable_buffers = frozenset({"entropy_coef"})
+    entropy_coef: Tensor
     reads = ("log_prob", "old_log_prob", "advantage", "entropy", "response_mask")
+    fresh = ("log_prob", "entropy")
     writes = (
         "loss_policy",
         "loss_entropy",
@@ -61,20 +65,21 @@ class ClippedPolicyLoss(Objective):
         self,
         network: TensorDictModuleBase | None = None,
         *,
-        clip: float = 0.2,
+        clip: float | tuple[float, float] = 0.2,
         entropy_coef: float = 0.01,
+        functional: bool = False,
     ) -> None:
-        super().__init__(network)
-        if not clip > 0:
+        super().__init__(network, functional=functional)
+        if not (min(clip) if isinstance(clip, tuple) else clip) > 0:
             raise ValueError(f"clip must be positive, got {clip}")
         if not entropy_coef >= 0:
             raise ValueError(f"entropy_coef must not be negative, got {entropy_coef}")
         self.clip = clip
-        self.entropy_coef = entropy_coef
+        self.register_coeff_buffer("entropy_coef", entropy_coef)
 
-    def terms(self, batch: TensorDictBase) -> dict[str, Tensor]:
+    def terms(self, batch: TensorDictBase, mask: Tensor) -> dict[str, Tensor]:
         """See the class."""
-        mask, keys = self.mask_of(batch), self.tensor_keys
+        keys = self.tensor_keys
         policy = clipped_policy_terms(
             read_per_token(batch, keys.log_prob, mask),
             read_per_token(batch, keys.old_log_prob, mask),

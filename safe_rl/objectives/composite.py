@@ -1,6 +1,5 @@
 """Several objectives on one forward of one network."""
 
-from dataclasses import make_dataclass
 from typing import Any
 
 from tensordict import TensorDictBase
@@ -11,26 +10,30 @@ from safe_rl.objectives.base import Objective
 
 
 class SumOfObjectives(Objective):
-    """Runs the network once and hands the batch to each part; keys are set in all of them.
+    """Runs the network once and hands the batch to each part.
+
+    Keys and coefficients are set here for all parts: ``loss.set_keys(...)``,
+    ``loss.entropy_coef = 0.0``. A subclass lists the keys of its parts in ``_AcceptedKeys``.
 
     Args:
         network: See ``Objective``.
         parts: Objectives without a network of their own.
+        functional: See ``Objective``.
     """
 
-    def __init__(self, network: TensorDictModuleBase | None, parts: list[Objective]) -> None:
-        super().__init__(network)
+    def __init__(
+        self,
+        network: TensorDictModuleBase | None,
+        parts: list[Objective],
+        *,
+        functional: bool = False,
+    ) -> None:
+        self.reads = tuple(dict.fromkeys(name for part in parts for name in part.reads))
+        self.fresh = tuple(dict.fromkeys(name for part in parts for name in part.fresh))
+        self.writes = tuple(name for part in parts for name in part.writes)
+        super().__init__(network, functional=functional)
         self.parts = nn.ModuleList(parts)
         self._objectives = tuple(parts)
-        defaults = {k: v for part in parts for k, v in vars(part.tensor_keys).items()}
-        fields = [(name, Any, value) for name, value in defaults.items()]
-        # LossModule looks its keys up by these names; those of a sum are those of its parts.
-        accepted = make_dataclass("_AcceptedKeys", fields)
-        setattr(self, "_AcceptedKeys", accepted)  # noqa: B010
-        self.default_keys = accepted
-        self._tensor_keys = accepted()
-        self.reads = tuple(dict.fromkeys(name for part in parts for name in part.reads))
-        self.writes = tuple(name for part in parts for name in part.writes)
 
     def set_keys(self, **kwargs: Any) -> None:
         """Set keys here and in every part that has them."""
@@ -39,8 +42,29 @@ class SumOfObjectives(Objective):
             known = vars(part.tensor_keys)
             part.set_keys(**{name: key for name, key in kwargs.items() if name in known})
 
-    def terms(self, batch: TensorDictBase) -> dict[str, Tensor]:
+    def terms(self, batch: TensorDictBase, mask: Tensor) -> dict[str, Tensor]:
         """Losses and diagnostics of all parts."""
         return {
-            name: value for part in self._objectives for name, value in part.terms(batch).items()
+            name: value
+            for part in self._objectives
+            for name, value in part.terms(batch, mask).items()
         }
+
+    # A coefficient belongs to a part. Set on the sum, it would otherwise become an attribute that
+    # nothing reads.
+    def __setattr__(self, name: str, value: Any) -> None:
+        owner = self._owner(name)
+        if owner is None:
+            super().__setattr__(name, value)
+        else:
+            setattr(owner, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        owner = self._owner(name)
+        return super().__getattr__(name) if owner is None else getattr(owner, name)
+
+    def _owner(self, name: str) -> Objective | None:
+        for part in self.__dict__.get("_objectives", ()):
+            if name in part._schedulable_buffers:
+                return part
+        return None

@@ -1,30 +1,36 @@
-"""The KL penalty, with the gradient it should have."""
+"""The KL penalty, with the gradient it should have; and its one-sided reading per token."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from safe_ops import fill_masked, kl_k1, kl_k3, kl_surrogate, masked_mean
-from safe_rl.keys import read, read_per_token
+from safe_ops import fill_masked, kl_k1, kl_k3, kl_surrogate, masked_mean, token_kl_penalty
+from safe_rl.keys import read_coefficient, read_per_token
 from safe_rl.objectives.base import Objective
 
 
 class GatedKLLoss(Objective):
     """The penalty that the controller asks for, as a loss that is linear in the tokens.
 
-        loss_kl = kl_coef * sum_t s_t / (B * N)        s: kl_surrogate, N: mean response tokens
+        loss_kl = sum_t kl_coef * s_t / (B * N)        s: surrogate, N: mean response tokens
 
     ``kl_coef`` is f'(KL), made once per rollout by the controller with gate, threshold and lead
-    in it, so the gradient is f'(KL) / N * grad KL(pi || ref), with importance weights in later
-    epochs.
+    in it, so the gradient is f'(KL) / N * grad KL(pi || ref) of whole sequences, with importance
+    weights in later epochs. The value is that of the linear term, not f(KL).
 
     Args:
         network: See ``Objective``.
+        surrogate: ``kl_surrogate``, or ``kl_surrogate_token`` for less variance and part of the
+            gradient.
+        functional: See ``Objective``.
 
     Raises:
-        ValueError: a key is missing or of the wrong shape.
+        ValueError: a key is missing or of the wrong shape, or the batch is of single frames [N],
+            which have no order to weight.
 
     Source: SAFE (arXiv 2602.04651); gradient: Tang & Munos (arXiv 2506.09477).
 
@@ -47,25 +53,111 @@ class GatedKLLoss(Objective):
     default_keys = _AcceptedKeys
     tensor_keys: _AcceptedKeys
     reads = ("log_prob", "old_log_prob", "ref_log_prob", "kl_coef", "response_mask")
+    fresh = ("log_prob",)
     writes = ("loss_kl", "kl_k1_nats_per_token", "kl_k3_nats_per_token")
 
-    def terms(self, batch: TensorDictBase) -> dict[str, Tensor]:
+    def __init__(
+        self,
+        network: TensorDictModuleBase | None = None,
+        *,
+        surrogate: Callable[..., Tensor] = kl_surrogate,
+        functional: bool = False,
+    ) -> None:
+        super().__init__(network, functional=functional)
+        self.surrogate = surrogate
+
+    def terms(self, batch: TensorDictBase, mask: Tensor) -> dict[str, Tensor]:
         """See the class."""
-        mask, keys = self.mask_of(batch), self.tensor_keys
+        keys = self.tensor_keys
+        if mask.ndim < 2:
+            raise ValueError(
+                f"{keys.response_mask!r} must be [B, T], got {tuple(mask.shape)}: "
+                "the KL of a sequence needs its steps in order"
+            )
         log_prob = read_per_token(batch, keys.log_prob, mask)
         ref_log_prob = read_per_token(batch, keys.ref_log_prob, mask)
-        coef = read(batch, keys.kl_coef).detach()
-        surrogate = kl_surrogate(
+        surrogate = self.surrogate(
             log_prob,
             ref_log_prob,
             mask=mask,
             old_log_prob=read_per_token(batch, keys.old_log_prob, mask),
         )
-        held = fill_masked(log_prob.detach(), mask), fill_masked(ref_log_prob, mask)
-        # [B], [B, 1] and [B, T] coefficients all stand for one per row or token.
-        coef = coef.reshape(*coef.shape, *[1] * (mask.ndim - coef.ndim))
+        coef = fill_masked(read_coefficient(batch, keys.kl_coef, mask), mask)
+        held = fill_masked(log_prob.detach(), mask), fill_masked(ref_log_prob.detach(), mask)
         return {
             "loss_kl": self.token_mean(coef * surrogate, mask, batch),
             "kl_k1_nats_per_token": masked_mean(kl_k1(*held), mask),
             "kl_k3_nats_per_token": masked_mean(kl_k3(*held), mask),
+        }
+
+
+class TokenKLLoss(Objective):
+    """One-sided penalty on tokens that became much likelier than under the reference.
+
+        loss_token_kl = token_kl_coef * mean_t g max(0, log pi_t - log ref_t - threshold)^2
+
+    The paper's "positive log-likelihood deviations". Threshold and gate come from the controller;
+    the gradient is the pathwise one of the drawn tokens.
+
+    Args:
+        network: See ``Objective``.
+        token_kl_coef: Per nat^2. ``loss.token_kl_coef = 0.05`` changes it in place.
+        functional: See ``Objective``.
+
+    Raises:
+        ValueError: a value is out of range, or a key is missing or of the wrong shape.
+
+    Source: SAFE (arXiv 2602.04651).
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> one = torch.ones(1, 2)
+        >>> batch = TensorDict({"log_prob": -one, "ref_log_prob": -2 * one,
+        ...     "kl_threshold": torch.tensor([0.5]), "entropy_gate": torch.tensor([2.0]),
+        ...     "response_mask": one.bool()}, [1])
+        >>> TokenKLLoss(token_kl_coef=1.0)(batch)["loss_token_kl"]
+        tensor(0.5000)
+    """
+
+    @dataclass
+    class _AcceptedKeys(Objective._AcceptedKeys):
+        log_prob: NestedKey = "log_prob"
+        ref_log_prob: NestedKey = "ref_log_prob"
+        kl_threshold: NestedKey = "kl_threshold"
+        entropy_gate: NestedKey = "entropy_gate"
+
+    default_keys = _AcceptedKeys
+    tensor_keys: _AcceptedKeys
+    _schedulable_buffers = frozenset({"token_kl_coef"})
+    token_kl_coef: Tensor
+    reads = ("log_prob", "ref_log_prob", "kl_threshold", "entropy_gate", "response_mask")
+    fresh = ("log_prob",)
+    writes = ("loss_token_kl", "token_kl_active_fraction")
+
+    def __init__(
+        self,
+        network: TensorDictModuleBase | None = None,
+        *,
+        token_kl_coef: float = 0.1,
+        functional: bool = False,
+    ) -> None:
+        super().__init__(network, functional=functional)
+        if not token_kl_coef >= 0:
+            raise ValueError(f"token_kl_coef must not be negative, got {token_kl_coef}")
+        self.register_coeff_buffer("token_kl_coef", token_kl_coef)
+
+    def terms(self, batch: TensorDictBase, mask: Tensor) -> dict[str, Tensor]:
+        """See the class."""
+        keys = self.tensor_keys
+        log_prob = fill_masked(read_per_token(batch, keys.log_prob, mask), mask)
+        ref_log_prob = fill_masked(read_per_token(batch, keys.ref_log_prob, mask), mask)
+        threshold = fill_masked(read_coefficient(batch, keys.kl_threshold, mask), mask)
+        gate = fill_masked(read_coefficient(batch, keys.entropy_gate, mask), mask)
+        penalty = token_kl_penalty(
+            log_prob, ref_log_prob, threshold=threshold, gate=gate, coef=self.token_kl_coef
+        )
+        active = kl_k1(log_prob.detach(), ref_log_prob.detach()) > threshold
+        return {
+            "loss_token_kl": self.token_mean(penalty, mask, batch),
+            "token_kl_active_fraction": masked_mean(active.to(penalty.dtype), mask),
         }

@@ -8,7 +8,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from safe_ops import explained_variance, masked_mean, soft_min, value_terms
-from safe_rl.keys import read, read_per_token
+from safe_rl.keys import read_heads, read_per_token
 from safe_rl.objectives.base import Objective
 
 
@@ -21,7 +21,10 @@ class SoftMinValueLoss(Objective):
         network: See ``Objective``.
         temperature: Of the soft-min in the diagnostics, in reward units.
         huber_delta: Reward units; None is the squared loss.
-        value_coef: Factor of the loss.
+        value_coef: Factor of the loss. ``loss.value_coef = 0.1`` changes it in place.
+        clip: Half-width of the change from ``old_state_values`` beyond which the value is clipped,
+            in the units of the return; None: no clip. It often hurts.
+        functional: See ``Objective``.
 
     Raises:
         ValueError: a value is out of range, or a key is missing or of the wrong shape.
@@ -39,11 +42,15 @@ class SoftMinValueLoss(Objective):
     @dataclass
     class _AcceptedKeys(Objective._AcceptedKeys):
         state_values: NestedKey = "state_values"
+        old_state_values: NestedKey = "old_state_values"
         value_target: NestedKey = "value_target"
 
     default_keys = _AcceptedKeys
     tensor_keys: _AcceptedKeys
+    _schedulable_buffers = frozenset({"value_coef"})
+    value_coef: Tensor
     reads = ("state_values", "value_target", "response_mask")
+    fresh = ("state_values",)
     writes = ("loss_value", "explained_variance", "head_disagreement", "value_mean")
 
     def __init__(
@@ -53,20 +60,39 @@ class SoftMinValueLoss(Objective):
         temperature: float = 0.3,
         huber_delta: float | None = 0.5,
         value_coef: float = 0.5,
+        clip: float | None = None,
+        functional: bool = False,
     ) -> None:
-        super().__init__(network)
+        if clip is not None:
+            self.reads = (*self.reads, "old_state_values")
+        super().__init__(network, functional=functional)
         if not value_coef >= 0:
             raise ValueError(f"value_coef must not be negative, got {value_coef}")
+        for name, value in {
+            "temperature": temperature,
+            "huber_delta": huber_delta,
+            "clip": clip,
+        }.items():
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
         self.temperature = temperature
         self.huber_delta = huber_delta
-        self.value_coef = value_coef
+        self.clip = clip
+        self.register_coeff_buffer("value_coef", value_coef)
 
-    def terms(self, batch: TensorDictBase) -> dict[str, Tensor]:
+    def terms(self, batch: TensorDictBase, mask: Tensor) -> dict[str, Tensor]:
         """See the class."""
-        mask, keys = self.mask_of(batch), self.tensor_keys
-        values = read(batch, keys.state_values)
+        keys = self.tensor_keys
+        values = read_heads(batch, keys.state_values, mask)
         target = read_per_token(batch, keys.value_target, mask)
-        loss = value_terms(values, target, mask=mask, huber_delta=self.huber_delta)
+        loss = value_terms(
+            values,
+            target,
+            mask=mask,
+            huber_delta=self.huber_delta,
+            old_value=None if self.clip is None else read_heads(batch, keys.old_state_values, mask),
+            clip=self.clip,
+        )
         held = values.detach()
         value = soft_min(held, self.temperature)
         return {
