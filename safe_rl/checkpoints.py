@@ -55,7 +55,7 @@ class TrainableParameters:
 
 
 class RandomStates:
-    """torch's global generator and any others of the run.
+    """torch's global generators, of the CPU and of this process's GPU, and any others of the run.
 
     Args:
         generators: By name.
@@ -71,21 +71,27 @@ class RandomStates:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """State of each generator."""
-        return {name: generator.get_state() for name, generator in self._generators.items()}
+        states = {name: generator.get_state() for name, generator in self._generators.items()}
+        return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         """Set every generator back."""
         for name, generator in self._generators.items():
             generator.set_state(state_dict[name])
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state(state_dict["cuda"])
 
 
-def save_checkpoint(path: str | os.PathLike[str], step: int, parts: Mapping[str, Stateful]) -> None:
+def save_checkpoint(
+    path: str | os.PathLike[str], step: int, parts: Mapping[str, Stateful], *, write: bool = True
+) -> None:
     """Write the state of every part, to a temporary name first.
 
     Args:
         path: A file; replaced only once the new one is complete on disk.
         step: Updates done.
         parts: By name.
+        write: False on all ranks but one: they take part in collecting the states.
 
     Example:
         >>> import tempfile
@@ -98,6 +104,8 @@ def save_checkpoint(path: str | os.PathLike[str], step: int, parts: Mapping[str,
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     states = {name: part.state_dict() for name, part in parts.items()}
+    if not write:
+        return
     try:
         with open(temporary, "wb") as file:
             torch.save({"step": step, "parts": states}, file)

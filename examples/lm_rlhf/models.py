@@ -114,24 +114,34 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def tokenize_prompts(policy: Policy, prompts: list[str], *, room: int) -> list[list[int]]:
+def tokenize_prompts(
+    policy: Policy, prompts: list[str], *, system_message: str | None, room: int
+) -> list[list[int]]:
     """Token ids of each prompt, as a chat turn where the model has a chat template.
 
     Args:
         policy: Whose tokenizer is used.
         prompts: Texts.
+        system_message: First turn of the chat; None: the template's own, if it has any.
         room: New tokens that must fit behind the prompt.
 
     Raises:
-        ValueError: a prompt and its response do not fit the model's context.
+        ValueError: a prompt and its response do not fit the model's context, or there is a
+            system message and no chat template.
     """
     tokenizer = policy.tokenizer
+    if system_message is not None and not tokenizer.chat_template:
+        raise ValueError(
+            f"system_message {system_message!r} needs a model with a chat template, and this one "
+            "has none: leave it out"
+        )
+    system = [] if system_message is None else [{"role": "system", "content": system_message}]
     context = getattr(policy.language_model.config, "max_position_embeddings", None)
     ids = []
     for number, prompt in enumerate(prompts, 1):
         if tokenizer.chat_template:
-            turn = [{"role": "user", "content": prompt}]
-            text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+            chat = [*system, {"role": "user", "content": prompt}]
+            text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
             tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
         else:
             tokens = tokenizer(prompt)["input_ids"]

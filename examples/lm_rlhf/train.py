@@ -10,25 +10,24 @@ import argparse
 import copy
 import dataclasses
 import itertools
-import math
 import os
-import platform
 import resource
 import signal
 import sys
 import time
 from collections import defaultdict
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
+from accelerate import Accelerator
+from rich.console import Console
 from tensordict import TensorDict
-from torch import nn
+from torch import Tensor, nn
 
 from examples.lm_rlhf.config import Config, qwen2_5_3b, smollm2_135m
 from examples.lm_rlhf.models import load_policy, read_prompts, tokenize_prompts
 from examples.lm_rlhf.rewards import classifier_reward, vader_reward
+from examples.lm_rlhf.run_folder import RunFolder
 from safe_ops import masked_mean
 from safe_ops.controllers import PHASE_NAMES, Controller
 from safe_rl import (
@@ -41,11 +40,11 @@ from safe_rl import (
     SoftMinGAE,
 )
 from safe_rl.causal_lm import CausalLMActorCritic
-from safe_rl.checkpoints import RandomStates, TrainableParameters, load_checkpoint, save_checkpoint
+from safe_rl.checkpoints import RandomStates, TrainableParameters, save_checkpoint
+from safe_rl.integrations.accelerate import PerRank, any_rank, mean_over_ranks, shard
 from safe_rl.integrations.transformers import sample_responses
 from safe_rl.monitoring.progress import RunProgress
 from safe_rl.monitoring.report import write_report
-from safe_rl.monitoring.run_log import RunLog
 from safe_rl.monitoring.text_metrics import distinct_ngrams
 from safe_rl.rollouts import left_pad, minibatches, pack_rollout, place_score
 
@@ -103,12 +102,23 @@ def train(config: Config, output: Path, *, resume: bool) -> Path:
     """Run until ``config.steps`` updates are done or Ctrl-C; returns the report's path."""
     torch.manual_seed(config.seed)
     torch.set_num_threads(config.threads)
+    accelerator = Accelerator()
+    device = accelerator.device
+    folder = RunFolder(output, config, resume=resume)
+    if config.minibatch_size % accelerator.num_processes:
+        raise ValueError(
+            f"minibatch_size must be a multiple of the {accelerator.num_processes} processes, "
+            f"got {config.minibatch_size}"
+        )
+    rows = config.minibatch_size // accelerator.num_processes
 
     # The parts.
     policy = load_policy(config)
-    language_model = policy.language_model
+    language_model = policy.language_model.to(device)
     prompts = read_prompts(config.prompts)
-    prompt_ids = tokenize_prompts(policy, prompts, room=config.max_new_tokens)
+    prompt_ids = tokenize_prompts(
+        policy, prompts, system_message=config.system_message, room=config.max_new_tokens
+    )
     # Rows of a matrix product are summed in tiles: with sequences of a whole number of tiles a
     # token's log-prob does not depend on its row, so the ratio before an update is exactly 1.
     longest = max(map(len, prompt_ids))
@@ -123,11 +133,11 @@ def train(config: Config, output: Path, *, resume: bool) -> Path:
         language_model.config.hidden_size,
         num_heads=config.critic_heads if safe else 1,
         temperature=config.soft_min_temperature,
-    )
+    ).to(device)
     target_critic = copy.deepcopy(critic).requires_grad_(False)
     network = CausalLMActorCritic(language_model, critic, temperature=config.temperature)
     scorer = CausalLMActorCritic(language_model, target_critic, temperature=config.temperature)
-    controller = Controller(config.kl_law if safe else config.kl_reward_law)
+    controller = Controller(config.kl_law if safe else config.kl_reward_law).to(device)
     controlled = (
         ControllerModule(controller)
         if safe
@@ -156,8 +166,11 @@ def train(config: Config, output: Path, *, resume: bool) -> Path:
             {"params": heads, "lr": config.critic_learning_rate},
         ]
     )
+    objective, optimizer = accelerator.prepare(objective, optimizer)
+    # All ranks draw the same prompts in the same order, and different tokens.
     order = torch.Generator().manual_seed(config.seed)
     prompt_order = PromptOrder(len(prompts), order)
+    torch.manual_seed(config.seed + accelerator.process_index)
     parts = {
         "adapters": TrainableParameters(language_model),
         "critic": critic,
@@ -165,37 +178,47 @@ def train(config: Config, output: Path, *, resume: bool) -> Path:
         "optimizer": optimizer,
         "controller": controller,
         "prompt_order": prompt_order,
-        "random": RandomStates(order=order),
+        "random": PerRank(accelerator, RandomStates(order=order)),
     }
 
     # The run's folder: a new one, or one that is taken up again.
-    log, timing, start = open_run(config, output, parts, resume=resume)
+    on_main = accelerator.is_main_process
+    start = folder.load(parts) if resume else 0
+    accelerator.wait_for_everyone()
+    if on_main and resume:
+        folder.cut_back_to(start)
+    elif on_main:
+        folder.begin()
+    if not resume:
+        save_checkpoint(folder.checkpoint, start, parts, write=on_main)
 
-    with StopRequest() as stop, RunProgress(config.steps, start) as progress:
-        step = start
-        while step < config.steps and not stop.asked:
+    progress = RunProgress(config.steps, start, console=Console(quiet=not on_main))
+    with StopRequest() as stop, progress:
+        step, stopped = start, False
+        while step < config.steps and not stopped:
             clock = {"start": time.perf_counter()}
 
             # Sample.
             progress.stage("sampling", config.batch_size)
-            drawn = prompt_order.draw(config.batch_size)
+            drawn = shard(accelerator, prompt_order.draw(config.batch_size))
             prompt, prompt_mask = left_pad(
                 [prompt_ids[i] for i in drawn], width=prompt_width, pad_id=policy.pad_id
             )
+            prompt, prompt_mask = prompt.to(device), prompt_mask.to(device)
             response = sample_responses(
                 language_model,
                 prompt,
                 prompt_mask,
                 max_new_tokens=config.max_new_tokens,
                 temperature=config.temperature,
-                eos_ids=policy.eos_ids,
+                eos_ids=policy.eos_ids.to(device),
                 pad_id=policy.pad_id,
             )
             batch = pack_rollout(
                 prompt,
                 prompt_mask,
                 response,
-                policy.eos_ids,
+                policy.eos_ids.to(device),
                 width=config.max_new_tokens,
                 pad_id=policy.pad_id,
             )
@@ -203,19 +226,13 @@ def train(config: Config, output: Path, *, resume: bool) -> Path:
 
             # Score: policy, reference (the same model, adapters off), reward.
             progress.stage("scoring", None)
-            tokens = [
-                row[mask].tolist()
-                for row, mask in zip(
-                    batch["tokens", "response"], batch["response_mask"], strict=True
-                )
-            ]
+            tokens = response_tokens(batch)
             texts = policy.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-            scores = reward([prompts[i] for i in drawn], texts)
-            place_score(batch, scores)
+            place_score(batch, reward([prompts[i] for i in drawn], texts).to(device))
             with torch.no_grad():
-                scored = score(scorer, batch, config.minibatch_size)
+                scored = score(scorer, batch, rows)
                 with policy.peft_model.disable_adapter():
-                    reference = score(scorer, batch, config.minibatch_size)
+                    reference = score(scorer, batch, rows)
             batch["old_log_prob"] = scored["log_prob"]
             batch["entropy"] = scored["entropy"]
             batch["state_values"] = scored["state_values"]
@@ -230,17 +247,13 @@ def train(config: Config, output: Path, *, resume: bool) -> Path:
             clock["scoring"] = time.perf_counter()
 
             # Update.
-            pieces = config.epochs * config.batch_size // config.minibatch_size
-            progress.stage("updating", pieces)
-            seen: dict[str, list[torch.Tensor]] = defaultdict(list)
+            progress.stage("updating", config.epochs * config.batch_size // config.minibatch_size)
+            seen: dict[str, list[Tensor]] = defaultdict(list)
             for _ in range(config.epochs):
-                for piece in minibatches(batch, size=config.minibatch_size, generator=order):
+                for piece in minibatches(batch, size=rows, generator=order):
                     losses = objective(piece)
-                    loss = torch.stack(
-                        [v for k, v in losses.items() if k.startswith("loss_")]
-                    ).sum()
                     optimizer.zero_grad(set_to_none=True)
-                    loss.backward()
+                    accelerator.backward(total(losses))
                     norms = {
                         "gradient_norm_policy": clip(adapters, config.max_gradient_norm),
                         "gradient_norm_value": clip(heads, config.max_gradient_norm),
@@ -253,33 +266,43 @@ def train(config: Config, output: Path, *, resume: bool) -> Path:
             clock["updating"] = time.perf_counter()
 
             # Log, in the units that the keys name.
+            whole = gather_rollout(accelerator, batch)
+            ratios = accelerator.gather(torch.stack(seen.pop("ratio_max")))
+            means = {key: torch.stack(values).mean() for key, values in sorted(seen.items())}
             record = {
                 "record": "update",
                 "step": step,
-                **rollout_record(batch, tokens),
+                **rollout_record(whole),
                 **controller_record(controller, safe=safe),
-                **{key: torch.stack(values).mean() for key, values in sorted(seen.items())},
+                **mean_over_ranks(accelerator, means),
+                "ratio_max": ratios.max(),
+                "ratio_first": ratios[0],
             }
-            record["ratio_max"] = torch.stack(seen["ratio_max"]).max()
-            record["ratio_first"] = seen["ratio_max"][0]
-            progress.update(log.write(record))
             last = step + 1 == config.steps
-            if step % config.samples_every == 0 or last:
-                samples = [
-                    {"prompt": prompts[i], "response": text, "reward": float(score)}
-                    for i, text, score in zip(drawn[:4], texts[:4], scores[:4], strict=True)
-                ]
-                log.write({"record": "samples", "step": step, "samples": samples})
+            if on_main:
+                progress.update(folder.log.write(record))
+                if step % config.samples_every == 0 or last:
+                    samples = [
+                        {"prompt": prompts[i], "response": text, "reward": float(score)}
+                        for i, text, score in zip(
+                            drawn[:4], texts[:4], batch["score"][:4], strict=True
+                        )
+                    ]
+                    folder.log.write({"record": "samples", "step": step, "samples": samples})
             step += 1
-            if step % config.checkpoint_every == 0 or last or stop.asked:
-                save_checkpoint(output / "checkpoint.pt", step, parts)
+            stopped = any_rank(accelerator, stop.asked)
+            if step % config.checkpoint_every == 0 or last or stopped:
+                save_checkpoint(folder.checkpoint, step, parts, write=on_main)
             clock["logging"] = time.perf_counter()
-            timing.write(timing_record(step - 1, clock))
-    html, _ = write_report(output)
-    return html
+            if on_main:
+                folder.timing.write(timing_record(step - 1, clock))
+    if on_main:
+        write_report(output)
+    accelerator.end_training()
+    return output / "report.html"
 
 
-def total(losses: TensorDict) -> torch.Tensor:
+def total(losses: TensorDict) -> Tensor:
     """The loss: the sum of the ``loss_*`` entries."""
     return torch.stack([v for k, v in losses.items() if k.startswith("loss_")]).sum()
 
@@ -290,7 +313,7 @@ def score(scorer: nn.Module, batch: TensorDict, size: int) -> TensorDict:
     return torch.cat([scorer(piece.copy()) for piece in pieces])
 
 
-def clip(parameters: list[nn.Parameter], limit: float) -> torch.Tensor:
+def clip(parameters: list[nn.Parameter], limit: float) -> Tensor:
     """Scale the gradient down to ``limit``; returns its norm before."""
     return nn.utils.clip_grad_norm_(parameters, limit)
 
@@ -302,7 +325,30 @@ def polyak(target: nn.Module, source: nn.Module, share: float) -> None:
         held.lerp_(new, share)
 
 
-def rollout_record(batch: TensorDict, tokens: list[list[int]]) -> dict[str, object]:
+def response_tokens(batch: TensorDict) -> list[list[int]]:
+    """Ids of each response, without its padding."""
+    return [
+        row[mask].tolist()
+        for row, mask in zip(batch["tokens", "response"], batch["response_mask"], strict=True)
+    ]
+
+
+def gather_rollout(accelerator: Accelerator, batch: TensorDict) -> TensorDict:
+    """What is logged of the rollouts of all ranks."""
+    keys = (
+        ("tokens", "response"),
+        "response_mask",
+        "length_stop",
+        "score",
+        "old_log_prob",
+        "ref_log_prob",
+        "entropy",
+    )
+    gathered = {key: accelerator.gather(batch[key]) for key in keys}
+    return TensorDict(gathered, gathered["score"].shape)
+
+
+def rollout_record(batch: TensorDict) -> dict[str, object]:
     """What was sampled."""
     mask = batch["response_mask"]
     return {
@@ -313,7 +359,7 @@ def rollout_record(batch: TensorDict, tokens: list[list[int]]) -> dict[str, obje
         "response_tokens_mean": mask.sum() / mask.shape[0],
         "length_stop_fraction": batch["length_stop"].float().mean(),
         "ref_perplexity": (-masked_mean(batch["ref_log_prob"], mask)).exp(),
-        "distinct_bigrams_fraction": distinct_ngrams(tokens, 2),
+        "distinct_bigrams_fraction": distinct_ngrams(response_tokens(batch), 2),
     }
 
 
@@ -344,65 +390,6 @@ def timing_record(step: int, clock: dict[str, float]) -> dict[str, object]:
     return {"record": "timing", "step": step, **stages, "peak_memory_gib": peak}
 
 
-def open_run(
-    config: Config, output: Path, parts: dict, *, resume: bool
-) -> tuple[RunLog, RunLog, int]:
-    """Start a new folder, or load the checkpoint and cut the logs back to it."""
-    log, timing = RunLog(output / "log.jsonl"), RunLog(output / "timing.jsonl")
-    settings = run_settings(config)
-    if not resume:
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise ValueError(f"output {output} holds something already: use --resume or another")
-        output.mkdir(parents=True, exist_ok=True)
-        packages = ("torch", "tensordict", "torchrl", "transformers", "peft")
-        versions = {name: version(name) for name in packages}
-        versions["python"] = platform.python_version()
-        log.write({"record": "run", "settings": settings, "versions": versions})
-        save_checkpoint(output / "checkpoint.pt", 0, parts)
-        return log, timing, 0
-    if not (output / "checkpoint.pt").is_file():
-        raise ValueError(f"output {output} holds no checkpoint to resume from")
-    saved, asked = flat(RunLog.read(output / "log.jsonl")[0]["settings"]), flat(settings)
-    changed = sorted(k for k in asked if k != "steps" and asked[k] != saved.get(k))
-    if changed:
-        differences = ", ".join(f"{k}: {saved.get(k)!r} -> {asked[k]!r}" for k in changed)
-        raise ValueError(f"output {output} is a run with other settings ({differences})")
-    start = load_checkpoint(output / "checkpoint.pt", parts)
-    log.truncate_to(start)
-    timing.truncate_to(start)
-    return log, timing, start
-
-
-def run_settings(config: Config) -> dict[str, object]:
-    """The settings as strict JSON holds them: infinities are strings."""
-    law = config.kl_law
-    settings = dataclasses.asdict(config) | {
-        "threshold_lower": law.threshold_lower,
-        "threshold_upper": law.threshold_upper,
-    }
-    return plain(settings)
-
-
-def plain(value: Any) -> Any:
-    """Settings without what JSON lacks."""
-    if isinstance(value, dict):
-        return {key: plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return str(value) if isinstance(value, Path) else value
-
-
-def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings under dotted names."""
-    table: dict[str, Any] = {}
-    for key, value in settings.items():
-        inner = flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        table.update(inner)
-    return table
-
-
 def parse(argv: list[str] | None) -> tuple[Config, Path, bool]:
     """Settings from the command line; what is not given stays as the chosen config has it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -414,6 +401,7 @@ def parse(argv: list[str] | None) -> tuple[Config, Path, bool]:
     parser.add_argument("--steps", type=int, help="updates")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--prompts", type=Path, help="one prompt a line, or .jsonl")
+    parser.add_argument("--system-message", help="first turn of every chat")
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--minibatch-size", type=int)
     parser.add_argument("--max-new-tokens", type=int)

@@ -1,0 +1,95 @@
+"""The folder of a run: begun once, or taken up again with the same settings."""
+
+import dataclasses
+import math
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from examples.lm_rlhf.config import Config
+from safe_rl.checkpoints import Stateful, load_checkpoint
+from safe_rl.monitoring.run_log import LOG_NAME, TIMING_NAME, RunLog
+
+CHECKPOINT_NAME = "checkpoint.pt"
+PACKAGES = ("torch", "tensordict", "torchrl", "transformers", "peft", "accelerate")
+
+
+class RunFolder:
+    """Log, timing and checkpoint of one run.
+
+    Args:
+        path: A folder that does not exist yet or is empty; or, to resume, one with a checkpoint of
+            a run with the same settings.
+        config: Settings.
+        resume: Which of the two.
+
+    Raises:
+        ValueError: The folder does not fit; nothing in it has been changed.
+    """
+
+    def __init__(self, path: Path, config: Config, *, resume: bool) -> None:
+        self.path = path
+        self.log = RunLog(path / LOG_NAME)
+        self.timing = RunLog(path / TIMING_NAME)
+        self.checkpoint = path / CHECKPOINT_NAME
+        self._settings = run_settings(config)
+        if resume:
+            self._check_same_settings()
+        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ValueError(f"output {path} holds something already: use --resume or another")
+
+    def begin(self) -> None:
+        """Make the folder and write the first line of the log."""
+        versions = {name: version(name) for name in PACKAGES}
+        versions["python"] = platform.python_version()
+        self.log.write({"record": "run", "settings": self._settings, "versions": versions})
+
+    def load(self, parts: Mapping[str, Stateful]) -> int:
+        """Give every part its state back; returns the number of updates done."""
+        return load_checkpoint(self.checkpoint, parts)
+
+    def cut_back_to(self, step: int) -> None:
+        """Drop from the logs what came after the checkpoint."""
+        self.log.truncate_to(step)
+        self.timing.truncate_to(step)
+
+    def _check_same_settings(self) -> None:
+        if not self.checkpoint.is_file():
+            raise ValueError(f"output {self.path} holds no checkpoint to resume from")
+        saved, asked = flat(RunLog.read(self.log.path)[0]["settings"]), flat(self._settings)
+        changed = sorted(k for k in asked if k != "steps" and asked[k] != saved.get(k))
+        if changed:
+            differences = ", ".join(f"{k}: {saved.get(k)!r} -> {asked[k]!r}" for k in changed)
+            raise ValueError(f"output {self.path} is a run with other settings ({differences})")
+
+
+def run_settings(config: Config) -> dict[str, object]:
+    """The settings as strict JSON holds them: infinities are strings."""
+    law = config.kl_law
+    settings = dataclasses.asdict(config) | {
+        "threshold_lower": law.threshold_lower,
+        "threshold_upper": law.threshold_upper,
+    }
+    return plain(settings)
+
+
+def plain(value: Any) -> Any:
+    """Settings without what JSON lacks."""
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return str(value) if isinstance(value, Path) else value
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under dotted names."""
+    table: dict[str, Any] = {}
+    for key, value in settings.items():
+        inner = flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        table.update(inner)
+    return table
