@@ -13,7 +13,7 @@ demo: $(STAMP)
 	$(BIN)/python -m examples.lm_rlhf.train --seed $(SEED) $(if $(STEPS),--steps $(STEPS)) --output $(OUTPUT)
 
 test: $(STAMP) lint
-	$(BIN)/python -m pytest -m "not slow" --doctest-modules safe_ops safe_rl tests
+	$(BIN)/python -m pytest -m "not slow" --doctest-modules safe_ops safe_rl examples tests
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow tests

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from examples.lm_rlhf import train as example
-from examples.lm_rlhf.config import tiny
+from examples.lm_rlhf.config import short_run_law, tiny
 from safe_rl.monitoring import RunLog
 from tests.tiny_models import save_language_model, save_reward_model
 
@@ -77,6 +77,31 @@ def test_the_policy_moves_and_the_controller_moves_once_per_rollout(tmp_path: Pa
     assert updates(tmp_path / "run")[-1]["kl_nats_per_token"] != 0.0
     parts = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["parts"]
     assert int(parts["controller"]["step"]) == 4
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_the_target_critic_follows(
+    tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch, model: Path, share: float
+) -> None:
+    config = dataclasses.replace(tiny(str(model)), target_critic_polyak=share, steps=1)
+    monkeypatch.setitem(example.CONFIGS, "smollm2_135m", lambda: config)
+    seen = []
+    follow = example.polyak
+
+    def watched(target, source, given):
+        before = torch.nn.utils.parameters_to_vector(target.parameters())
+        follow(target, source, given)
+        after = torch.nn.utils.parameters_to_vector(target.parameters())
+        torch.testing.assert_close(
+            after,
+            before + share * (torch.nn.utils.parameters_to_vector(source.parameters()) - before),
+        )
+        seen.append(float((after - before).abs().sum()))
+
+    monkeypatch.setattr(example, "polyak", watched)
+    assert run(tmp_path / "run") == 0
+    assert len(seen) == 4  # two epochs of two minibatches
+    assert all((moved > 0) == (share > 0) for moved in seen)
 
 
 @pytest.mark.parametrize("algorithm", ["safe", "ppo"])
@@ -205,11 +230,23 @@ def test_a_config_names_what_it_needs(model: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_penalty_changes_the_policy(tmp_path: Path, run) -> None:
-    """The reference code's penalty has no gradient; ours must move the weights."""
-    rate = ["--policy-learning-rate", "0.05", "--steps", "6"]
-    assert run(tmp_path / "with", *rate, "--kl-coef", "50") == 0
-    assert run(tmp_path / "without", *rate, "--kl-coef", "0") == 0
-    with_penalty = updates(tmp_path / "with")[-1]["kl_nats_per_token"]
-    without = updates(tmp_path / "without")[-1]["kl_nats_per_token"]
-    assert with_penalty < without
+def test_a_penalty_changes_the_policy(
+    tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch, model: Path
+) -> None:
+    """The reference code's penalty has no gradient; ours must hold the KL."""
+    law = dataclasses.replace(short_run_law(), threshold=0.05, threshold_lower=0.05)
+    config = dataclasses.replace(tiny(str(model)), batch_size=16, minibatch_size=8, steps=20)
+    late = {}
+    for coef in (0.0, 20.0):
+        setting = dataclasses.replace(
+            config,
+            policy_learning_rate=0.01,
+            entropy_coef=0.0,
+            kl_law=dataclasses.replace(law, coef=coef),
+        )
+        monkeypatch.setitem(example.CONFIGS, "smollm2_135m", lambda chosen=setting: chosen)
+        assert run(tmp_path / str(coef)) == 0
+        kl = [r["kl_nats_per_token"] for r in updates(tmp_path / str(coef))]
+        late[coef] = sum(kl[-8:]) / 8
+    assert late[0.0] > 0.3
+    assert late[20.0] < late[0.0] / 2
