@@ -7,10 +7,21 @@ SEED   ?= 0
 OUTPUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)-seed$(SEED)
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint clean
+TABLE  := runs/table
+
+.PHONY: demo demo-table test test-slow lint clean
 
 demo: $(STAMP)
 	$(BIN)/python -m examples.lm_rlhf.train --seed $(SEED) $(if $(STEPS),--steps $(STEPS)) --output $(OUTPUT)
+
+# The figures of the README: three seeds, with the penalty and without; resumed where it was stopped.
+demo-table: $(STAMP)
+	set -e; for seed in 0 1 2; do for coef in "" "--kl-coef 0"; do \
+	  run=$(TABLE)/seed$$seed$${coef:+-no-penalty}; \
+	  $(BIN)/python -m examples.lm_rlhf.train --seed $$seed $$coef --output $$run \
+	    $$(test -e $$run/checkpoint.pt && echo --resume); \
+	done; done
+	$(BIN)/python -m examples.lm_rlhf.summarize $(TABLE)/seed*
 
 test: $(STAMP) lint
 	$(BIN)/python -m pytest -m "not slow" --doctest-modules safe_ops safe_rl examples tests

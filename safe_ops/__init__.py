@@ -12,6 +12,7 @@ from safe_ops.kl import (
     kl_surrogate,
     kl_surrogate_token,
 )
+from safe_ops.kl_baseline import kl_baseline, kl_to_go
 from safe_ops.log_probs import TokenLogProbs, token_log_probs
 from safe_ops.masked import fill_masked, masked_mean, masked_sum, masked_var, masked_whiten
 from safe_ops.soft_min import soft_min, soft_min_weights
@@ -28,6 +29,7 @@ __all__ = [
     "fill_masked",
     "gated_kl_penalty",
     "generalized_advantage_estimate",
+    "kl_baseline",
     "kl_exact",
     "kl_k1",
     "kl_k2",
@@ -35,6 +37,7 @@ __all__ = [
     "kl_shaped_reward",
     "kl_surrogate",
     "kl_surrogate_token",
+    "kl_to_go",
     "masked_mean",
     "masked_sum",
     "masked_var",

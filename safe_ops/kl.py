@@ -141,29 +141,47 @@ def _log_weights(log_prob: Tensor, old_log_prob: Tensor | None) -> Tensor:
 
 
 def kl_surrogate(
-    log_prob: Tensor, ref_log_prob: Tensor, *, mask: Tensor, old_log_prob: Tensor | None = None
+    log_prob: Tensor,
+    ref_log_prob: Tensor,
+    *,
+    mask: Tensor,
+    old_log_prob: Tensor | None = None,
+    baseline: Tensor | None = None,
+    decay: float = 1.0,
 ) -> Tensor:
     """What to put in a loss so that it has the value and gradient of the sequence KL.
 
-        s_t = w_t k1_t        w_t = exp( sum_{u <= t} (log pi_u - log old_u) )
+        s_t = w_t k1_t - b_t (w_t - v_t)
+        w_t = exp( sum_{u <= t} decay^{t-u} l_u )        l_u = log pi_u - log old_u
+        v_t = w_t exp(-l_t)                              the weight without token t itself
 
     Summed over a sequence drawn from the old policy, its expectation is KL(pi || ref) of whole
     sequences and the expectation of its gradient is the gradient of that KL, on-policy and off.
     The weight of token t is that of its prefix: the choice at t changes every later token.
+
+    On-policy, the gradient weighs grad log pi_t by 1 + (the KL still to come) - b_t. Without a
+    baseline that weight is positive for nearly every token: a few sequences then push down
+    whatever was drawn, and entropy rises. E[w_t - v_t | prefix] = 0, so any b_t that does not look
+    at token t or later ones leaves value and gradient as they are and takes the noise;
+    ``kl_baseline`` makes a good one. ``decay`` below 1 forgets later tokens, at the price of part
+    of the gradient; 0 is ``kl_surrogate_token``.
 
     Args:
         log_prob: [B, T], nats, under the policy that is trained.
         ref_log_prob: [B, T], nats, under the frozen reference.
         mask: bool [B, T], True on response tokens, EOS included.
         old_log_prob: [B, T], nats, under the policy that drew the tokens; None: on-policy.
+        baseline: [B, T], b_t, nats; None: 0.
+        decay: In [0, 1].
 
     Returns:
         [B, T], nats; 0 where ``mask`` is False; differentiable in ``log_prob``.
 
     Raises:
-        ValueError: shapes disagree or ``mask`` is not bool.
+        ValueError: shapes disagree, ``mask`` is not bool, or ``decay`` is outside [0, 1].
 
-    Source: Tang & Munos (arXiv 2506.09477), with prefix weights for sequences.
+    Source: Tang & Munos (arXiv 2506.09477), with prefix weights for sequences; the baseline is
+    that of a policy gradient, in a form that stays unbiased off-policy.
 
     Example:
         >>> log_prob = torch.tensor([[-1.0, -1.0]], requires_grad=True)
@@ -174,26 +192,46 @@ def kl_surrogate(
         >>> torch.autograd.grad(surrogate.sum(), log_prob)[0]  # 1 + the KL still to come
         tensor([[2.5000, 2.0000]])
     """
+    if not 0 <= decay <= 1:
+        raise ValueError(f"decay must be in [0, 1], got {decay}")
     log_ratio = fill_masked(kl_k1(log_prob, ref_log_prob.detach()), mask)
     log_weight = fill_masked(_log_weights(log_prob, old_log_prob), mask)
-    return fill_masked(log_weight.cumsum(-1).exp() * log_ratio, mask)
+    prefix = _decayed_sum(log_weight, decay)
+    surrogate = prefix.exp() * log_ratio
+    if baseline is not None:
+        if baseline.shape != log_prob.shape:
+            raise ValueError(
+                "baseline must have the shape of log_prob, got "
+                f"{tuple(baseline.shape)} and {tuple(log_prob.shape)}"
+            )
+        # w - v as v (exp(l) - 1): on-policy exactly 0, whatever the baseline.
+        change = (prefix - log_weight).exp() * torch.expm1(log_weight)
+        surrogate = surrogate - fill_masked(baseline.detach(), mask) * change
+    return fill_masked(surrogate, mask)
 
 
 def kl_surrogate_token(
-    log_prob: Tensor, ref_log_prob: Tensor, *, mask: Tensor, old_log_prob: Tensor | None = None
+    log_prob: Tensor,
+    ref_log_prob: Tensor,
+    *,
+    mask: Tensor,
+    old_log_prob: Tensor | None = None,
+    baseline: Tensor | None = None,
 ) -> Tensor:
     """Like ``kl_surrogate`` with a weight per token: less variance, part of the gradient.
 
-        s_t = w_t k1_t        w_t = exp(log pi_t - log old_t)
+        s_t = w_t k1_t - b_t (w_t - 1)        w_t = exp(log pi_t - log old_t)
 
     Its gradient is that of the KL of each choice with the prefixes held as they were drawn; the
-    effect of a choice on later tokens is missing. On-policy its value is right.
+    effect of a choice on later tokens is missing. On-policy its value is right. With a baseline
+    of 1 its gradient on-policy is that of k2.
 
     Args:
         log_prob: [B, T], nats, under the policy that is trained.
         ref_log_prob: [B, T], nats, under the frozen reference.
         mask: bool [B, T], True on response tokens, EOS included.
         old_log_prob: [B, T], nats, under the policy that drew the tokens; None: on-policy.
+        baseline: [B, T], b_t, nats; None: 0.
 
     Returns:
         [B, T], nats; 0 where ``mask`` is False; differentiable in ``log_prob``.
@@ -208,9 +246,21 @@ def kl_surrogate_token(
         >>> kl_surrogate_token(log_prob, log_prob.detach(), mask=torch.ones(1, 1).bool())
         tensor([[0.]], grad_fn=<WhereBackward0>)
     """
-    log_ratio = fill_masked(kl_k1(log_prob, ref_log_prob.detach()), mask)
-    log_weight = fill_masked(_log_weights(log_prob, old_log_prob), mask)
-    return fill_masked(log_weight.exp() * log_ratio, mask)
+    return kl_surrogate(
+        log_prob, ref_log_prob, mask=mask, old_log_prob=old_log_prob, baseline=baseline, decay=0.0
+    )
+
+
+def _decayed_sum(x: Tensor, decay: float) -> Tensor:
+    """sum_{u <= t} decay^{t-u} x_u along the last dimension."""
+    if decay == 0:
+        return x
+    if decay == 1:
+        return x.cumsum(-1)
+    age = torch.arange(x.shape[-1], device=x.device)
+    age = age.unsqueeze(-1) - age
+    kernel = torch.where(age >= 0, decay ** age.clamp_min(0).to(x.dtype), 0.0)
+    return x @ kernel.mT
 
 
 def kl_shaped_reward(

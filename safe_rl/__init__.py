@@ -4,6 +4,7 @@ from safe_rl.advantages import KLReward, SoftMinGAE
 from safe_rl.causal_lm import CausalLMActorCritic
 from safe_rl.controllers import ControllerModule, PolicyMeasurements
 from safe_rl.critic import SoftMinCritic
+from safe_rl.kl_baseline import KLBaseline
 from safe_rl.objectives import (
     ClippedPolicyLoss,
     GatedKLLoss,
@@ -18,6 +19,7 @@ __all__ = [
     "ClippedPolicyLoss",
     "ControllerModule",
     "GatedKLLoss",
+    "KLBaseline",
     "KLReward",
     "PPOLoss",
     "PolicyMeasurements",

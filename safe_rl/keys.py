@@ -26,6 +26,7 @@ B sequences, T response tokens, K critic heads. Nats are per token and at the sa
 | ``("measurements", "entropy")`` | [B], alike | nats per token | measurements | controller |
 | ``("measurements", "reward")`` | [B], alike | reward per sequence | measurements | controller |
 | ``kl_coef`` | [B], alike | per nat per token: f'(KL) | controller | KL loss |
+| ``kl_baseline`` | [B, T] | nats | ``KLBaseline`` | KL loss |
 | ``kl_threshold`` | [B], alike | nats per token | controller | token KL loss |
 | ``entropy_gate`` | [B], alike | none | controller | token KL loss |
 | ``kl_momentum`` | [B], alike | nats per token per update | controller | logs |

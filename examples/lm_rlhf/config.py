@@ -52,6 +52,8 @@ class Config:
     entropy_coef: float = 0.01
     value_coef: float = 0.5
 
+    kl_decay: float = 1.0
+    """Of the KL surrogate: 1 is the gradient of the sequence KL, less has less noise."""
     kl_law: EntropyGatedKL = field(default_factory=EntropyGatedKL)
     """Of SAFE."""
     kl_reward_law: AdaptiveKL = field(default_factory=AdaptiveKL)

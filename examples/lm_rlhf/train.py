@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,10 +29,11 @@ from examples.lm_rlhf.config import Config, qwen2_5_3b, smollm2_135m
 from examples.lm_rlhf.models import load_policy, read_prompts, tokenize_prompts
 from examples.lm_rlhf.rewards import classifier_reward, vader_reward
 from examples.lm_rlhf.run_folder import RunFolder
-from safe_ops import masked_mean
+from safe_ops import kl_surrogate, masked_mean
 from safe_ops.controllers import PHASE_NAMES, Controller
 from safe_rl import (
     ControllerModule,
+    KLBaseline,
     KLReward,
     PolicyMeasurements,
     PPOLoss,
@@ -148,15 +150,23 @@ def train(config: Config, output: Path, *, resume: bool) -> Path:
         )
     )
     measure = PolicyMeasurements()
-    kl_reward = KLReward()
+    # The KL is in SAFE's loss and in PPO's reward, never in both.
+    with_kl = KLBaseline(decay=config.kl_decay) if safe else KLReward()
     estimate_advantage = SoftMinGAE(
         temperature=config.soft_min_temperature,
         discount=config.discount,
         gae_lambda=config.gae_lambda,
         average_gae=True,
     )
-    objective = (SAFELoss if safe else PPOLoss)(
-        network, clip=config.clip, entropy_coef=config.entropy_coef, value_coef=config.value_coef
+    coefficients = {
+        "clip": config.clip,
+        "entropy_coef": config.entropy_coef,
+        "value_coef": config.value_coef,
+    }
+    objective = (
+        SAFELoss(network, surrogate=partial(kl_surrogate, decay=config.kl_decay), **coefficients)
+        if safe
+        else PPOLoss(network, **coefficients)
     )
     adapters = [p for p in language_model.parameters() if p.requires_grad]
     heads = list(critic.parameters())
@@ -240,10 +250,7 @@ def train(config: Config, output: Path, *, resume: bool) -> Path:
             batch["ref_log_prob"] = reference["log_prob"]
 
             # The controller moves once per rollout; then advantages.
-            batch = controlled(measure(batch))
-            if not safe:
-                batch = kl_reward(batch)
-            batch = estimate_advantage(batch)
+            batch = estimate_advantage(with_kl(controlled(measure(batch))))
             clock["scoring"] = time.perf_counter()
 
             # Update.

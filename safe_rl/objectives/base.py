@@ -41,6 +41,8 @@ class Objective(LossModule):
     default_keys = _AcceptedKeys
     reads: tuple[str, ...] = ()
     """Names of the accepted keys that the loss itself must find."""
+    may_read: tuple[str, ...] = ("response_tokens_mean",)
+    """Those that it reads where they are there."""
     fresh: tuple[str, ...] = ()
     """Those of them that a network must write."""
     writes: tuple[str, ...] = ()
@@ -74,8 +76,8 @@ class Objective(LossModule):
         """What the network reads, what the loss reads and the network does not write."""
         made = set(self.network.out_keys) if self.network is not None else set()
         wanted = list(self.network.in_keys) if self.network is not None else []
-        # The denominator may be missing, but `batch.select(*in_keys)` must not lose it.
-        for name in (*self.reads, "response_tokens_mean"):
+        # Some may be missing, but `batch.select(*in_keys)` must not lose them.
+        for name in (*self.reads, *self.may_read):
             key = getattr(self.tensor_keys, name)
             if key not in made and key not in wanted:
                 wanted.append(key)

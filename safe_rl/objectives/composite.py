@@ -29,6 +29,7 @@ class SumOfObjectives(Objective):
         functional: bool = False,
     ) -> None:
         self.reads = tuple(dict.fromkeys(name for part in parts for name in part.reads))
+        self.may_read = tuple(dict.fromkeys(name for part in parts for name in part.may_read))
         self.fresh = tuple(dict.fromkeys(name for part in parts for name in part.fresh))
         self.writes = tuple(name for part in parts for name in part.writes)
         super().__init__(network, functional=functional)

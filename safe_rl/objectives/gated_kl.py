@@ -22,10 +22,14 @@ class GatedKLLoss(Objective):
     in it, so the gradient is f'(KL) / N * grad KL(pi || ref) of whole sequences, with importance
     weights in later epochs. The value is that of the linear term, not f(KL).
 
+    Where the batch holds ``kl_baseline`` [B, T], as ``KLBaseline`` writes it, the gradient has the
+    same expectation and a fraction of the noise. Train with it: without, a few sequences push down
+    whatever was drawn.
+
     Args:
         network: See ``Objective``.
         surrogate: ``kl_surrogate``, or ``kl_surrogate_token`` for less variance and part of the
-            gradient.
+            gradient; ``functools.partial(kl_surrogate, decay=0.9)`` lies between.
         functional: See ``Objective``.
 
     Raises:
@@ -49,10 +53,12 @@ class GatedKLLoss(Objective):
         old_log_prob: NestedKey = "old_log_prob"
         ref_log_prob: NestedKey = "ref_log_prob"
         kl_coef: NestedKey = "kl_coef"
+        kl_baseline: NestedKey = "kl_baseline"
 
     default_keys = _AcceptedKeys
     tensor_keys: _AcceptedKeys
     reads = ("log_prob", "old_log_prob", "ref_log_prob", "kl_coef", "response_mask")
+    may_read = ("response_tokens_mean", "kl_baseline")
     fresh = ("log_prob",)
     writes = ("loss_kl", "kl_k1_nats_per_token", "kl_k3_nats_per_token")
 
@@ -76,11 +82,13 @@ class GatedKLLoss(Objective):
             )
         log_prob = read_per_token(batch, keys.log_prob, mask)
         ref_log_prob = read_per_token(batch, keys.ref_log_prob, mask)
+        has_baseline = batch.get(keys.kl_baseline, None) is not None
         surrogate = self.surrogate(
             log_prob,
             ref_log_prob,
             mask=mask,
             old_log_prob=read_per_token(batch, keys.old_log_prob, mask),
+            baseline=read_per_token(batch, keys.kl_baseline, mask) if has_baseline else None,
         )
         coef = fill_masked(read_coefficient(batch, keys.kl_coef, mask), mask)
         held = fill_masked(log_prob.detach(), mask), fill_masked(ref_log_prob.detach(), mask)

@@ -22,6 +22,8 @@ from tests.reference.enumerable_policy import (
     MASK,
     PREFIXES,
     SEQUENCES,
+    STATES,
+    TOKENS,
     VOCABULARY,
     choice_kl,
     expectation,
@@ -109,6 +111,81 @@ def test_kl_surrogate_without_the_eos_is_not_the_sequence_kl() -> None:
     surrogate = kl_surrogate(log_prob, token_log_prob(REFERENCE), mask=without_eos)
     value = expectation(surrogate.sum(-1), logits)
     assert not close(value, sequence_kl(logits, REFERENCE))
+
+
+prefix_values = tensors(len(PREFIXES), low=-5.0, high=5.0)
+
+
+@PROPERTY
+@given(tables, tables, tables, prefix_values)
+@example(POLICY, OLD, REFERENCE, torch.arange(7.0, dtype=torch.float64))
+def test_kl_surrogate_with_any_baseline_of_the_prefix_is_the_sequence_kl(
+    policy: Tensor, old: Tensor, reference: Tensor, of_prefix: Tensor
+) -> None:
+    logits, log_prob = policy_and_log_prob(policy)
+    truth = sequence_kl(logits, reference)
+    for sampler in (policy, old):
+        surrogate = kl_surrogate(
+            log_prob,
+            token_log_prob(reference),
+            mask=MASK,
+            old_log_prob=token_log_prob(sampler),
+            baseline=of_prefix[STATES],
+        )
+        value = expectation(surrogate.sum(-1), sampler)
+        torch.testing.assert_close(value, truth, **EXACT)
+        torch.testing.assert_close(gradient(value, logits), gradient(truth, logits), **EXACT)
+
+
+def test_kl_surrogate_with_a_baseline_of_the_token_is_not_the_sequence_kl() -> None:
+    logits, log_prob = policy_and_log_prob(POLICY)
+    surrogate = kl_surrogate(
+        log_prob, token_log_prob(REFERENCE), mask=MASK, baseline=TOKENS.double()
+    )
+    value = expectation(surrogate.sum(-1), logits)
+    assert not close(gradient(value, logits), gradient(sequence_kl(logits, REFERENCE), logits))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.6, 1.0])
+def test_kl_surrogate_on_policy_weighs_by_the_decayed_kl_to_go_over_the_baseline(
+    decay: float,
+) -> None:
+    _, log_prob = policy_and_log_prob(POLICY)
+    log_prob = log_prob.detach().requires_grad_()
+    ref_log_prob = token_log_prob(REFERENCE)
+    baseline = table(0.3).sum(-1)[STATES]
+    surrogate = kl_surrogate(log_prob, ref_log_prob, mask=MASK, baseline=baseline, decay=decay)
+    (found,) = torch.autograd.grad(surrogate.sum(), log_prob)
+    k1 = torch.where(MASK, log_prob.detach() - ref_log_prob, 0.0)
+    for row in range(len(SEQUENCES)):
+        for t in range(int(MASK[row].sum())):
+            to_go = sum(decay ** (u - t) * k1[row, u] for u in range(t, LENGTH))
+            torch.testing.assert_close(found[row, t], 1 + to_go - baseline[row, t], **EXACT)
+
+
+def test_kl_surrogate_decay_is_checked() -> None:
+    with pytest.raises(ValueError, match=r"decay must be in \[0, 1\], got 1.5"):
+        kl_surrogate(torch.zeros(1, 1), torch.zeros(1, 1), mask=torch.ones(1, 1).bool(), decay=1.5)
+
+
+def test_kl_surrogate_baseline_of_another_shape_is_shown() -> None:
+    with pytest.raises(ValueError, match=r"baseline must .*\(1, 2\) and \(1, 1\)"):
+        kl_surrogate(
+            torch.zeros(1, 1),
+            torch.zeros(1, 1),
+            mask=torch.ones(1, 1).bool(),
+            baseline=torch.zeros(1, 2),
+        )
+
+
+def test_kl_surrogate_token_with_a_baseline_of_one_has_the_gradient_of_k2() -> None:
+    _, log_prob = policy_and_log_prob(POLICY)
+    ref_log_prob = token_log_prob(REFERENCE)
+    one = torch.ones_like(log_prob)
+    surrogate = kl_surrogate_token(log_prob, ref_log_prob, mask=MASK, baseline=one)
+    k2 = torch.where(MASK, kl_k2(log_prob, ref_log_prob), 0.0)
+    found = torch.autograd.grad(surrogate.sum(), log_prob, retain_graph=True)
+    torch.testing.assert_close(found, torch.autograd.grad(k2.sum(), log_prob), **EXACT)
 
 
 @PROPERTY

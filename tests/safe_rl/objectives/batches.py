@@ -35,6 +35,7 @@ def make_batch(*, fresh: bool = True, dtype: torch.dtype = torch.float64) -> Ten
             "value_target": normal(*shape, 1),
             "old_state_values": 0.1 * normal(*shape, 2),
             "kl_coef": torch.tensor(0.7, dtype=dtype).expand(len(mask)),
+            "kl_baseline": 1 + 0.3 * normal(*shape),
             "kl_threshold": torch.tensor(0.1, dtype=dtype).expand(len(mask)),
             "entropy_gate": torch.tensor(1.5, dtype=dtype).expand(len(mask)),
         },

@@ -77,7 +77,7 @@ def expected_loss(
     return GatedKLLoss(**arguments)(batch)["loss_kl"]
 
 
-def bare_k1(log_prob, ref_log_prob, *, mask, old_log_prob):
+def bare_k1(log_prob, ref_log_prob, *, mask, old_log_prob, baseline):
     return fill_masked(log_prob - ref_log_prob, mask)
 
 
