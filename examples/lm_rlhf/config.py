@@ -35,6 +35,8 @@ class Config:
     epochs: int = 2
     max_new_tokens: int = 24
     temperature: float = 1.0
+    merged_sampling: bool = True
+    """Sample from a copy of the weights with the adapters merged: faster, and as large again."""
 
     lora_rank: int = 16
     lora_alpha: int = 32

@@ -44,7 +44,7 @@ from safe_rl import (
 from safe_rl.causal_lm import CausalLMActorCritic
 from safe_rl.checkpoints import RandomStates, TrainableParameters, save_checkpoint
 from safe_rl.integrations.accelerate import PerRank, any_rank, mean_over_ranks, shard
-from safe_rl.integrations.transformers import sample_responses
+from safe_rl.integrations.transformers import Sampler
 from safe_rl.monitoring.progress import RunProgress
 from safe_rl.monitoring.report import write_report
 from safe_rl.monitoring.text_metrics import distinct_ngrams
@@ -131,6 +131,7 @@ def train(config: Config, output: Path, *, resume: bool) -> Path:
         reward = classifier_reward(config.reward_model, label=config.reward_label)
 
     safe = config.algorithm == "safe"
+    sampler = Sampler(language_model, merged=config.merged_sampling)
     critic = SoftMinCritic(
         language_model.config.hidden_size,
         num_heads=config.critic_heads if safe else 1,
@@ -215,15 +216,14 @@ def train(config: Config, output: Path, *, resume: bool) -> Path:
                 [prompt_ids[i] for i in drawn], width=prompt_width, pad_id=policy.pad_id
             )
             prompt, prompt_mask = prompt.to(device), prompt_mask.to(device)
-            response = sample_responses(
-                language_model,
+            response = sampler.sample(
                 prompt,
                 prompt_mask,
                 max_new_tokens=config.max_new_tokens,
                 temperature=config.temperature,
                 eos_ids=policy.eos_ids.to(device),
                 pad_id=policy.pad_id,
-            )
+            ).tokens
             batch = pack_rollout(
                 prompt,
                 prompt_mask,

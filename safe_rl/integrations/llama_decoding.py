@@ -1,0 +1,195 @@
+"""Incremental forwards of Llama-like models with few operations, for sampling on a CPU."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlamaForCausalLM, PreTrainedModel, Qwen2ForCausalLM
+
+from safe_rl.integrations.merged_linear import MergedLinear, is_mergeable
+
+LLAMA_LIKE = (LlamaForCausalLM, Qwen2ForCausalLM)
+"""Exactly these classes: a subclass may compute something else."""
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
+
+
+class _Layer(NamedTuple):
+    attention_norm: nn.Module
+    query_key_value: MergedLinear
+    attention_out: MergedLinear
+    feed_forward_norm: nn.Module
+    gate_up: MergedLinear
+    activation: nn.Module
+    down: MergedLinear
+
+
+def is_llama_like(language_model: PreTrainedModel) -> bool:
+    """Whether ``LlamaDecoder`` computes what this model computes.
+
+    Args:
+        language_model: Any; LoRA layers may be in place.
+
+    Returns:
+        True for Llama and Qwen2 models with full attention on one device, whose projections are
+        plain linear layers or plain LoRA over one.
+
+    Example:
+        >>> is_llama_like(torch.nn.Linear(2, 2))
+        False
+    """
+    if type(language_model) not in LLAMA_LIKE or hasattr(language_model, "hf_device_map"):
+        return False
+    layer_types = getattr(language_model.config, "layer_types", None) or []
+    if any(kind != "full_attention" for kind in layer_types):
+        return False
+    if type(language_model.get_input_embeddings()) is not nn.Embedding:
+        return False
+    linear = [language_model.get_output_embeddings()]
+    for layer in language_model.base_model.layers:
+        linear += [getattr(layer.self_attn, name) for name in PROJECTIONS]
+        linear += [getattr(layer.mlp, name) for name in FEED_FORWARD]
+    return all(map(is_mergeable, linear))
+
+
+class LlamaDecoder:
+    """A Llama-like model for sampling: merged and fused weights, one static cache.
+
+        h += W_o attention(rope(W_q n(h)), rope(W_k n(h)), W_v n(h))      n: RMS norm
+        h += W_down (act(W_gate n'(h)) * W_up n'(h))
+
+    q, k, v are one product, gate and up another; adapters are merged; the query heads of one key
+    head are rows of one attention. Keys and values are written in place. Norms, rotary angles,
+    embedding and head are the model's own; the layers' weights are copies (425 MB for
+    SmolLM2-135M in float32), brought up to date by ``refresh``.
+
+    Args:
+        language_model: One that ``is_llama_like`` accepts.
+
+    Raises:
+        ValueError: it does not accept it.
+
+    Example:
+        >>> config = LlamaForCausalLM.config_class(vocab_size=8, hidden_size=8,
+        ...     intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+        >>> decoder = LlamaDecoder(LlamaForCausalLM(config))
+        >>> decoder.refresh()
+        >>> decoder.start(1, 3)
+        >>> ids = torch.tensor([[4, 5, 6]])
+        >>> with torch.no_grad():
+        ...     decoder.extend(ids, torch.tensor([[0, 1, 2]]), ids > 0).shape
+        torch.Size([1, 8])
+    """
+
+    can_share = True
+
+    def __init__(self, language_model: PreTrainedModel) -> None:
+        if not is_llama_like(language_model):
+            raise ValueError(
+                "language_model must be a Llama or Qwen2 model with full attention and plain "
+                f"linear layers, got {type(language_model).__name__}"
+            )
+        backbone = language_model.base_model
+        attention = backbone.layers[0].self_attn
+        self._head_size = attention.head_dim
+        self._groups = attention.num_key_value_groups
+        self._scaling = attention.scaling
+        self._embed = language_model.get_input_embeddings()
+        self._rotary = backbone.rotary_emb
+        self._norm = backbone.norm
+        head = language_model.get_output_embeddings()
+        # The head is the largest matrix: copied only where an adapter changes it.
+        self._head = head if type(head) is nn.Linear else MergedLinear([head])
+        self._layers = [_fuse(layer) for layer in backbone.layers]
+
+    def refresh(self) -> None:
+        """Take over the model's present weights, adapters merged."""
+        for layer in self._layers:
+            for part in layer:
+                if isinstance(part, MergedLinear):
+                    part.refresh()
+        if isinstance(self._head, MergedLinear):
+            self._head.refresh()
+
+    def start(self, rows: int, length: int) -> None:
+        """Empty the cache; it holds ``length`` tokens in each of ``rows`` rows."""
+        weight = self._layers[0].query_key_value.weight
+        self._key_heads = weight.shape[0] // self._head_size // (self._groups + 2)
+        self._filled = 0
+        # A row of a layer is [heads, length, head size], keys and values apart.
+        self._cache = weight.new_empty(
+            len(self._layers), 2, rows, self._key_heads, length, self._head_size
+        )
+
+    def extend(self, tokens: Tensor, position: Tensor, visible: Tensor) -> Tensor:
+        """Read more tokens; the logits after the last, [B, V]."""
+        batch, steps = tokens.shape
+        start, end = self._filled, self._filled + steps
+        hidden = self._embed(tokens)
+        cos, sin = self._rotary(hidden, position_ids=position)
+        half = self._head_size // 2
+        # rope(x) = x * cos + [-x2, x1] * sin = x * cos + [x2, x1] * [-sin, sin]
+        cos, sin = cos.unsqueeze(2), torch.cat([-sin[..., :half], sin[..., half:]], -1).unsqueeze(2)
+        bias = self._attention_bias(visible, start, end, hidden.dtype)
+        cached = self._cache[:, :, :batch, :, :end].unbind()
+        for cache, layer in zip(cached, self._layers, strict=True):
+            mixed = layer.query_key_value(layer.attention_norm(hidden))
+            heads = mixed.view(batch, steps, -1, self._head_size)
+            turned, value = heads.split(
+                [(self._groups + 1) * self._key_heads, self._key_heads], dim=2
+            )
+            swapped = torch.cat([turned[..., half:], turned[..., :half]], -1)
+            turned = torch.addcmul(turned * cos, swapped, sin)
+            query, key = turned.split([self._groups * self._key_heads, self._key_heads], dim=2)
+            cache[0, :, :, start:] = key.transpose(1, 2)
+            cache[1, :, :, start:] = value.transpose(1, 2)
+            # [B, S, heads, D] -> [B, key heads, groups * S, D]
+            query = query.view(batch, steps, self._key_heads, self._groups, -1)
+            query = query.permute(0, 2, 3, 1, 4).flatten(2, 3)
+            seen = F.scaled_dot_product_attention(
+                query, cache[0], cache[1], attn_mask=bias, scale=self._scaling
+            )
+            seen = seen.view(batch, self._key_heads, self._groups, steps, -1)
+            seen = seen.permute(0, 3, 1, 2, 4).reshape(batch, steps, -1)
+            hidden = hidden + layer.attention_out(seen)
+            gate, up = layer.gate_up(layer.feed_forward_norm(hidden)).chunk(2, -1)
+            hidden = hidden + layer.down(layer.activation(gate) * up)
+        self._filled = end
+        return self._head(self._norm(hidden[:, -1]))
+
+    def repeat(self, rows: int) -> None:
+        """Let the first ``rows`` rows continue what the first one holds."""
+        filled = self._cache[:, :, :rows, :, : self._filled]
+        filled[:, :, 1:] = filled[:, :, :1]
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop every row but these."""
+        # Rows only move up, and one after the other, so nothing is overwritten before it is read.
+        filled = self._cache[:, :, :, :, : self._filled]
+        for to, held in enumerate(rows.tolist()):
+            if to != held:
+                filled[:, :, to] = filled[:, :, held]
+
+    def _attention_bias(self, visible: Tensor, start: int, end: int, dtype: torch.dtype) -> Tensor:
+        """0 where a token may look and -inf elsewhere, [B, 1, groups * S, L]."""
+        place = torch.arange(end, device=visible.device)
+        asking = place[start:, None]
+        # Padding looks at itself: a row of -inf would be NaN, and 0 * NaN reaches other tokens.
+        allowed = (visible[:, None] & (place <= asking)) | (place == asking)
+        bias = torch.zeros(allowed.shape, dtype=dtype, device=visible.device)
+        bias.masked_fill_(~allowed, -torch.inf)
+        return bias.repeat(1, self._groups, 1).unsqueeze(1)
+
+
+def _fuse(layer: Any) -> _Layer:
+    attention, feed_forward = layer.self_attn, layer.mlp
+    return _Layer(
+        attention_norm=layer.input_layernorm,
+        query_key_value=MergedLinear([attention.q_proj, attention.k_proj, attention.v_proj]),
+        attention_out=MergedLinear([attention.o_proj]),
+        feed_forward_norm=layer.post_attention_layernorm,
+        gate_up=MergedLinear([feed_forward.gate_proj, feed_forward.up_proj]),
+        activation=feed_forward.act_fn,
+        down=MergedLinear([feed_forward.down_proj]),
+    )

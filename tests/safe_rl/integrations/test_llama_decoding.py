@@ -1,0 +1,104 @@
+"""Which models the lean decoder takes, and that it computes what they compute."""
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from safe_rl.integrations.cached_decoding import ModelDecoder
+from safe_rl.integrations.llama_decoding import LlamaDecoder, is_llama_like
+from tests.safe_rl.integrations import models
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
+]
+
+
+@pytest.mark.parametrize("build", [models.llama, models.qwen2])
+def test_llama_and_qwen2_are_taken_with_and_without_lora(build) -> None:
+    assert is_llama_like(build())
+    assert is_llama_like(models.with_lora(build()).get_base_model())
+
+
+def test_what_differs_is_left_to_the_general_path() -> None:
+    sliding = Qwen2Config(
+        vocab_size=11,
+        num_key_value_heads=2,
+        use_sliding_window=True,
+        sliding_window=4,
+        max_window_layers=0,
+        **models.SIZES,
+    )
+    dora = models.with_lora(models.llama(), targets=["q_proj"], use_dora=True)
+    for model in (
+        Qwen2ForCausalLM(sliding),
+        models.mistral(),
+        models.gpt_neox(),
+        dora.get_base_model(),
+        torch.nn.Linear(2, 2),
+    ):
+        assert not is_llama_like(model)
+
+    class Changed(type(models.llama())):
+        pass
+
+    assert not is_llama_like(Changed(models.llama().config))
+    with pytest.raises(ValueError, match=r"full attention .* got Mistral"):
+        LlamaDecoder(models.mistral())
+
+
+@pytest.mark.parametrize("build", [models.llama, models.qwen2])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 0.3)]
+)
+def test_logits_equal_the_models_own(build, dtype: torch.dtype, tolerance: float) -> None:
+    # Rotary angles are float32 in transformers: float64 does not come closer than they.
+    model = build().to(dtype)
+    lean, own = LlamaDecoder(model), ModelDecoder(model)
+    lean.refresh()
+    tokens = torch.tensor([[1, 1, 4, 5, 6, 8, 2], [3, 9, 2, 4, 10, 0, 5]])
+    visible = torch.ones(2, 7, dtype=torch.bool)
+    visible[0, :2] = False
+    position = (visible.cumsum(1) - 1).clamp_min(0)
+    for decoder in (lean, own):
+        decoder.start(2, 7)
+    for begin, end in ((0, 4), (4, 5), (5, 7)):
+        piece = slice(begin, end)
+        with torch.no_grad():
+            got, expected = (
+                decoder.extend(tokens[:, piece], position[:, piece], visible[:, :end])
+                for decoder in (lean, own)
+            )
+        torch.testing.assert_close(got, expected, rtol=0, atol=tolerance)
+
+
+def test_padding_that_holds_nan_reaches_no_other_token() -> None:
+    """A padded place is not seen, whatever its embedding."""
+    model = models.llama()
+    decoder = LlamaDecoder(model)
+    decoder.refresh()
+    visible = torch.tensor([[False, True, True]])
+    position = torch.tensor([[0, 0, 1]])
+    logits = []
+    for pad in (0, 9):
+        decoder.start(1, 3)
+        with torch.no_grad():
+            logits.append(decoder.extend(torch.tensor([[pad, 4, 5]]), position, visible))
+    assert torch.isfinite(logits[0]).all()
+    torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kept", [[0, 2], [1], [2, 3], [0, 1, 2, 3]])
+def test_rows_that_are_kept_go_on_as_before(kept: list[int]) -> None:
+    decoder = LlamaDecoder(models.llama())
+    decoder.refresh()
+    start = torch.tensor([[2, 3], [4, 5], [6, 8], [9, 10]])
+    logits = []
+    for rows in (list(range(4)), kept):
+        decoder.start(4, 3)
+        visible = torch.ones(4, 3, dtype=torch.bool)
+        with torch.no_grad():
+            decoder.extend(start, torch.tensor([[0, 1]] * 4), visible[:, :2])
+            decoder.keep(torch.tensor(rows))
+            new = torch.tensor([[1], [2], [3], [4]])[rows]
+            logits.append(decoder.extend(new, torch.full((len(rows), 1), 2), visible[rows]))
+    torch.testing.assert_close(logits[1], logits[0][kept], rtol=1e-5, atol=1e-5)

@@ -1,0 +1,87 @@
+"""Merged weights: by hand, in half precision, with biases and several adapters."""
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import nn
+
+from safe_rl.integrations.merged_linear import MergedLinear
+from tests.safe_rl.integrations import models
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
+]
+
+
+def test_by_hand() -> None:
+    peft_model = models.with_lora(models.llama(), targets=["q_proj"])
+    q_proj = peft_model.get_base_model().model.layers[0].self_attn.q_proj
+    merged = MergedLinear([q_proj])
+    merged.refresh()
+    up, down = q_proj.lora_B["default"].weight, q_proj.lora_A["default"].weight
+    expected = q_proj.base_layer.weight.double() + 5 / 3 * up.double() @ down.double()
+    torch.testing.assert_close(merged.weight.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_several_layers_with_and_without_bias() -> None:
+    layers = [nn.Linear(3, 2), nn.Linear(3, 4, bias=False), nn.Linear(3, 1)]
+    merged = MergedLinear(layers)
+    merged.refresh()
+    x = torch.randn(5, 2, 3)
+    expected = torch.cat([layer(x) for layer in layers], -1)
+    torch.testing.assert_close(merged(x), expected)
+    nn.init.constant_(layers[0].bias, 3.0)
+    merged.refresh()
+    assert (merged.bias[:2] == 3.0).all()
+
+
+def test_two_active_adapters() -> None:
+    peft_model = models.with_lora(models.llama(), targets=["o_proj"])
+    peft_model.add_adapter("second", LoraConfig(r=2, target_modules=["o_proj"]))
+    models.move_adapters(peft_model, 0.3)
+    peft_model.base_model.set_adapter(["default", "second"])
+    o_proj = peft_model.get_base_model().model.layers[1].self_attn.o_proj
+    merged = MergedLinear([o_proj])
+    merged.refresh()
+    x = torch.randn(4, 16)
+    torch.testing.assert_close(merged(x), o_proj(x), rtol=1e-5, atol=1e-5)
+
+
+def test_float32_adapters_on_a_bfloat16_base_are_rounded_once() -> None:
+    peft_model = models.with_lora(models.llama().bfloat16(), targets=["up_proj"])
+    up_proj = peft_model.get_base_model().model.layers[0].mlp.up_proj
+    assert up_proj.lora_A["default"].weight.dtype == torch.float32
+    merged = MergedLinear([up_proj])
+    merged.refresh()
+    up, down = up_proj.lora_B["default"].weight, up_proj.lora_A["default"].weight
+    expected = (up_proj.base_layer.weight.float() + 5 / 3 * up @ down).bfloat16()
+    assert (merged.weight == expected).float().mean() > 0.99
+
+
+def test_weights_that_peft_has_merged_are_not_merged_twice() -> None:
+    peft_model = models.with_lora(models.llama(), targets=["v_proj"])
+    v_proj = peft_model.get_base_model().model.layers[0].self_attn.v_proj
+    peft_model.base_model.merge_adapter()
+    merged = MergedLinear([v_proj])
+    merged.refresh()
+    assert torch.equal(merged.weight, v_proj.base_layer.weight)
+
+
+def test_a_refresh_follows_a_change_of_dtype() -> None:
+    layer = nn.Linear(2, 3)
+    merged = MergedLinear([layer])
+    layer.double()
+    merged.refresh()
+    assert torch.equal(merged.weight, layer.weight)
+    assert torch.equal(merged.bias, layer.bias)
+
+
+def test_the_copy_is_no_part_of_the_state() -> None:
+    layer = nn.Linear(2, 3)
+    assert not MergedLinear([layer]).state_dict()
+    assert not list(MergedLinear([layer]).parameters())
+
+
+def test_other_layers_are_refused() -> None:
+    with pytest.raises(ValueError, match="plain LoRA over one, got Embedding"):
+        MergedLinear([nn.Embedding(2, 3)])
