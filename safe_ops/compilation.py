@@ -19,8 +19,9 @@ def compile_with(
     Args:
         function: Function or module; what it reads from step to step must be tensors.
         backend: None, or a name that is registered with ``torch._dynamo.register_backend``.
-        dynamic: True: one graph for all sizes (1 and 0 may be special). False: one a size. None:
-            torch starts with the first size and generalises at the second, one compilation more.
+        dynamic: True: one graph for all sizes from 2 (sizes that are equal at the first call are
+            taken to be equal always). False: one a size. None: torch starts with the first size
+            and generalises at the second, one compilation more.
         fullgraph: Whether what cannot be captured is an error. False cuts the graph there.
 
     Returns:
