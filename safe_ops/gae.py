@@ -1,11 +1,9 @@
 """Generalised advantage estimation under a mask."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-from safe_ops.masked import fill_masked
 
 
 class AdvantageEstimate(NamedTuple):
@@ -35,7 +33,11 @@ def generalized_advantage_estimate(
 
     V_{t+1} is the value at the next step that counts: masked steps are stepped over, whatever
     stands in them. After the last step that counts V is ``bootstrap_value``, A is 0. With
-    lambda 0 this is the one-step error, with lambda 1 the discounted return minus V.
+    lambda 0 this is the one-step error, with lambda 1 the discounted return minus V. A value or
+    reward that counts and is not finite spoils its row up to its step.
+
+    A linear recurrence, computed in blocks, so that few operations depend on T: on a CPU some 20 to
+    40 times faster than a loop over the steps at [64, 1024], and one graph for all sizes.
 
     Args:
         reward: [B, T].
@@ -54,8 +56,8 @@ def generalized_advantage_estimate(
         is False.
 
     Raises:
-        ValueError: shapes disagree, a flag is not bool, or both ``bootstrap_value`` and
-            ``next_value`` are given.
+        ValueError: shapes disagree, a flag is not bool, ``reward`` or ``value`` not floating
+            point, or both ``bootstrap_value`` and ``next_value`` are given.
 
     Source: Schulman et al. (arXiv 1506.02438).
 
@@ -69,34 +71,164 @@ def generalized_advantage_estimate(
     """
     _check(reward, value, mask, terminated, truncated, bootstrap_value, next_value)
     batch, steps = reward.shape
-    reward = fill_masked(reward.detach(), mask)
-    value = fill_masked(value.detach(), mask)
-    stop = terminated if truncated is None else terminated | truncated
-    discount = torch.as_tensor(discount, dtype=value.dtype, device=value.device).expand(
-        batch, steps
-    )
-    gae_lambda = torch.as_tensor(gae_lambda, dtype=value.dtype, device=value.device).expand(
-        batch, steps
-    )
-    following_value = (
-        value.new_zeros(batch) if bootstrap_value is None else bootstrap_value.detach().to(value)
-    )
-    following_advantage = value.new_zeros(batch)
-    advantages = []
-    for t in reversed(range(steps)):
-        after = following_value if next_value is None else next_value[:, t].detach().to(value)
-        zero = torch.zeros_like(after)
-        bootstrap = torch.where(terminated[:, t], zero, after)
-        carried = torch.where(stop[:, t], zero, following_advantage)
-        delta = reward[:, t] + discount[:, t] * bootstrap - value[:, t]
-        advantage = delta + discount[:, t] * gae_lambda[:, t] * carried
-        following_advantage = torch.where(mask[:, t], advantage, following_advantage)
-        following_value = torch.where(mask[:, t], value[:, t], following_value)
-        advantages.append(advantage)
-    # An empty row of steps is an empty answer.
-    stacked = torch.stack(advantages[::-1], 1) if advantages else torch.zeros_like(value)
-    advantage = fill_masked(stacked, mask)
-    return AdvantageEstimate(advantage, fill_masked(advantage + value, mask))
+    arguments: list[Any] = [reward, value, mask, terminated, truncated, bootstrap_value, next_value]
+    for x in (discount, gae_lambda):
+        arguments.append(x.detach().expand(batch, steps) if isinstance(x, Tensor) and x.ndim else x)
+    # A graph must not depend on the number of rows, and a GPU wants all of them at once.
+    at_once = torch.compiler.is_compiling() or reward.device.type != "cpu"
+    rows = batch if at_once else max(1, CACHED // max(1, steps))
+    if rows >= batch:
+        return _estimate(*arguments)
+    parts = [
+        _estimate(*[x[i : i + rows] if isinstance(x, Tensor) and x.ndim else x for x in arguments])
+        for i in range(0, batch, rows)
+    ]
+    return AdvantageEstimate(*[torch.cat(part) for part in zip(*parts, strict=True)])
+
+
+CACHED = 1 << 17
+"""Steps that are worked on at a time on a CPU: twice as fast as all at once where T is 4096."""
+
+BLOCK = 8
+
+
+def _estimate(
+    reward: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    terminated: Tensor,
+    truncated: Tensor | None,
+    bootstrap_value: Tensor | None,
+    next_value: Tensor | None,
+    discount: float | Tensor,
+    gae_lambda: float | Tensor,
+) -> AdvantageEstimate:
+    dtype = torch.promote_types(reward.dtype, value.dtype)
+    work = torch.promote_types(dtype, torch.float32)
+    reward, value = reward.detach().to(work), value.detach().to(work)
+    discount = torch.as_tensor(discount, dtype=work, device=value.device)
+    counts, goes_on = _bits(mask, work), _bits(mask & ~terminated, work)
+    last = value.new_zeros(value.shape[:1])
+    if bootstrap_value is not None:
+        open_row = _bits(~_ends_terminated(counts, terminated), work)
+        last = _select(bootstrap_value.detach().to(last), open_row)
+
+    # Own tensors are changed in place where it can be: memory is what takes the time.
+    advantage = reward - value
+    one_lambda = not isinstance(gae_lambda, Tensor) or gae_lambda.ndim == 0
+    if truncated is None and next_value is None and one_lambda:
+        # V + lambda A is all that the step before needs, and a recurrence of its own. With
+        # truncations, or a lambda of each step, it is not: one step needs V, the next V + A.
+        factor = _select(discount * gae_lambda, goes_on).add_(_one(~counts, work))
+        mixed = _select_(value + gae_lambda * advantage, counts)
+        after = _following(mixed, factor, last)
+        advantage.addcmul_(_select_(after, goes_on), discount)
+    else:
+        recurs = goes_on if truncated is None else _bits(~truncated, work).bitwise_and_(goes_on)
+        decay = discount * torch.as_tensor(gae_lambda, dtype=work, device=value.device)
+        hold = _one(~counts, work)
+        if next_value is None:
+            after = _following(_select(value, counts), hold, last)
+        else:
+            after = next_value.detach().to(work, copy=True)
+        advantage.addcmul_(_select_(after, goes_on), discount)
+        _select_(advantage, counts)
+        factor = _select(decay, recurs).add_(hold)
+        carried = _following(advantage, factor, torch.zeros_like(last))
+        advantage.addcmul_(_select_(carried, recurs), decay)
+    _select_(advantage, counts)
+    value_target = _select_(advantage + value, counts)
+    return AdvantageEstimate(advantage.to(dtype), value_target.to(dtype))
+
+
+# ``torch.where`` takes a bool, which torch does not vectorise on a CPU: 44 us for 64 x 1024 floats
+# where a bitwise ``and`` takes 10. All bits set keeps a number, none makes it 0, NaN included.
+_INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
+
+
+def _bits(flag: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bool tensor as bits for ``_select`` of numbers of that dtype."""
+    return flag.view(torch.int8).neg().to(_INTEGERS[dtype])
+
+
+def _select(x: Tensor, bits: Tensor) -> Tensor:
+    """``torch.where(flag, x, 0)`` for the bits of a flag."""
+    return (x.view(bits.dtype) & bits).view(x.dtype)
+
+
+def _select_(x: Tensor, bits: Tensor) -> Tensor:
+    """``_select`` in place."""
+    x.view(bits.dtype).bitwise_and_(bits)
+    return x
+
+
+def _one(bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """The flag of the bits as 1 or 0."""
+    return _select(torch.ones((), dtype=dtype, device=bits.device), bits)
+
+
+def _ends_terminated(counts: Tensor, terminated: Tensor) -> Tensor:
+    """bool [B], whether the last step that counts is terminated."""
+    if counts.shape[1] == 0:
+        return counts.new_zeros(counts.shape[:1], dtype=torch.bool)
+    places = torch.arange(counts.shape[1], dtype=counts.dtype, device=counts.device)
+    last = (places & counts).amax(1, keepdim=True)
+    return terminated.gather(1, last.long()).squeeze(1)
+
+
+def _following(x: Tensor, factor: Tensor, last: Tensor) -> Tensor:
+    """What each step finds behind it of a linear recurrence, [B, T].
+
+    f_t = y_{t+1}        y_t = x_t + factor_t y_{t+1}        y_T = last
+    """
+    # The number of operations depends on T: traced, a graph would hold for few lengths.
+    scan = _following_op if torch.compiler.is_compiling() else _following_eager
+    return scan(x, factor, last)
+
+
+def _following_eager(x: Tensor, factor: Tensor, last: Tensor) -> Tensor:
+    y = torch.cat([x, last.unsqueeze(1)], 1)
+    _scan_(y, factor)
+    return y[:, 1:]
+
+
+@torch.library.custom_op("safe_ops::gae_following", mutates_args=())
+def _following_op(x: Tensor, factor: Tensor, last: Tensor) -> Tensor:
+    return _following_eager(x, factor, last).contiguous()
+
+
+@_following_op.register_fake
+def _(x: Tensor, factor: Tensor, last: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _scan_(y: Tensor, factor: Tensor) -> None:
+    """y_t = y_t + factor_t y_{t+1} in place, [B, T + 1] and [B, T].
+
+    BLOCK steps become one step of a shorter recurrence, whose result is that of their first step;
+    the others follow from the first step of the next block. All blocks go at once, so there are
+    3 BLOCK log T / log BLOCK operations, on less and less: O(BT) in all.
+    """
+    steps = factor.shape[1]
+    whole = steps - steps % BLOCK if steps > BLOCK else 0
+    for t in reversed(range(whole, steps)):
+        y[:, t].addcmul_(factor[:, t], y[:, t + 1])
+    if whole == 0:
+        return
+    ys = y[:, :whole].unflatten(1, (-1, BLOCK)).unbind(2)
+    factors = factor[:, :whole].unflatten(1, (-1, BLOCK)).unbind(2)
+    blocks = y.new_empty(y.shape[0], whole // BLOCK + 1)
+    blocks[:, -1].copy_(y[:, whole])
+    total = torch.addcmul(ys[-2], factors[-2], ys[-1], out=blocks[:, :-1])
+    product = factors[-2] * factors[-1]
+    for i in reversed(range(BLOCK - 2)):
+        torch.addcmul(ys[i], factors[i], total, out=total)
+        product.mul_(factors[i])
+    _scan_(blocks, product)
+    behind = blocks[:, 1:]
+    for i in reversed(range(1, BLOCK)):
+        behind = ys[i].addcmul_(factors[i], behind)
+    ys[0].copy_(blocks[:, :-1])
 
 
 def _check(
@@ -117,6 +249,9 @@ def _check(
                 f"{name} must have the shape of reward, "
                 f"got {name} {tuple(tensor.shape)} and reward {tuple(reward.shape)}"
             )
+    for name, tensor in {"reward": reward, "value": value}.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
     for name, tensor in flags.items():
         if tensor is not None and tensor.dtype != torch.bool:
             raise ValueError(f"{name} must be bool, got {tensor.dtype}")

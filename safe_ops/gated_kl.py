@@ -42,7 +42,7 @@ def entropy_gate(
     if not 0 <= lower <= upper:
         raise ValueError(f"lower and upper must satisfy 0 <= lower <= upper, got {lower}, {upper}")
     gate = floor / (entropy + eps)
-    return gate.clamp(lower, None if math.isinf(upper) else upper)
+    return gate.clamp(lower, None if upper == math.inf else upper)
 
 
 def gated_kl_penalty(

@@ -49,7 +49,8 @@ class SoftMinGAE(ValueEstimatorBase):
 
     Raises:
         ValueError: a value is out of range, a key is missing or of the wrong shape, or a
-            truncated row has no value to bootstrap from.
+            truncated row has no value to bootstrap from (in a compiled graph, which cannot look
+            at values, such a row becomes NaN).
 
     Source: Schulman et al. (arXiv 1506.02438); SAFE (arXiv 2602.04651).
 
@@ -96,6 +97,8 @@ class SoftMinGAE(ValueEstimatorBase):
         self.discount = discount
         self.gae_lambda = gae_lambda
         self.average_gae = average_gae
+        # Resolved at the first read, the keys would cost a compiled graph a second compilation.
+        self.set_keys()
 
     @property
     def in_keys(self) -> list[NestedKey]:
@@ -132,6 +135,10 @@ class SoftMinGAE(ValueEstimatorBase):
         elif tensordict.get(keys.bootstrap_values, None) is not None:
             after = at_least_float32(tensordict.get(keys.bootstrap_values))
             following["bootstrap_value"] = soft_min(after, self.temperature)
+        elif torch.compiler.is_compiling():
+            # A graph cannot look at values: what eager mode refuses becomes NaN.
+            lacking = (truncated & mask).any(-1, keepdim=True)
+            value = torch.where(lacking, torch.nan, value)
         elif (truncated & mask).any():
             raise ValueError(
                 f"a truncated row needs {keys.bootstrap_values!r} or {keys.next_state_values!r}, "

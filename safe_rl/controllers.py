@@ -192,6 +192,9 @@ class ControllerModule(TensorDictModuleBase):
 def one_of(key: NestedKey, expanded: Tensor) -> Tensor:
     """The number that an expanded measurement holds in every row, 0-d.
 
+    In a compiled graph, which cannot look at values, rows that differ give NaN: the laws refuse it
+    and count it.
+
     Raises:
         ValueError: there is none, or the rows differ: per-token values under the name of a mean.
 
@@ -200,9 +203,11 @@ def one_of(key: NestedKey, expanded: Tensor) -> Tensor:
         tensor(0.5000)
     """
     values = expanded.detach().flatten()
-    alike = (values == values[:1]) | (values.isnan() & values[:1].isnan())
+    alike = ((values == values[:1]) | (values.isnan() & values[:1].isnan())).all()
+    if torch.compiler.is_compiling():
+        return torch.where(alike, values[0], torch.nan)
     # Once per rollout a look at the values costs nothing next to the rollout.
-    if values.numel() == 0 or not alike.all():
+    if values.numel() == 0 or not alike:
         raise ValueError(
             f"{key!r} must hold one number, alike in all rows, got shape {tuple(expanded.shape)}: "
             "reduce it over tokens and ranks first, see PolicyMeasurements"

@@ -1,12 +1,15 @@
 """Against a float64 loop from the equations, and against what a critic must converge to."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from safe_ops import generalized_advantage_estimate
+from safe_ops import gae, generalized_advantage_estimate
+from safe_ops.gae import BLOCK
 from tests.reference.gae_loop import gae_loop
 from tests.strategies import PROPERTY, bool_tensors, tensors
 
@@ -82,6 +85,94 @@ def test_gae_in_float32(**arguments: Tensor) -> None:
     # Sums of up to 5 terms of size up to 30: 1e-5 is some ten units in the last place.
     torch.testing.assert_close(found.advantage, advantage.float(), rtol=1e-5, atol=3e-5)
     torch.testing.assert_close(found.value_target, target.float(), rtol=1e-5, atol=3e-5)
+
+
+def long_row(steps: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """Three rows: holes, ends and cuts everywhere; one step that counts; none."""
+    generator = torch.Generator().manual_seed(steps)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    def sometimes(share: float) -> Tensor:
+        return torch.rand(3, steps, generator=generator) < share
+
+    mask = sometimes(0.8)
+    mask[1], mask[2] = torch.arange(steps) == steps // 2, False
+    return {
+        "reward": normal(3, steps),
+        "value": normal(3, steps),
+        "mask": mask,
+        "terminated": sometimes(0.02),
+        "bootstrap_value": normal(3),
+    }
+
+
+# Around the size of a block, of a block of blocks, and beyond.
+LENGTHS = (BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 3, BLOCK**2 - 1, BLOCK**2 + 9, 700)
+
+
+@pytest.mark.parametrize("steps", LENGTHS)
+@pytest.mark.parametrize("kind", ["plain", "truncated", "each_step", "next_value"])
+def test_gae_of_many_blocks_is_the_loop(steps: int, kind: str) -> None:
+    arguments: dict[str, Any] = long_row(steps) | {"discount": 0.99, "gae_lambda": 0.95}
+    unit = torch.rand(3, steps, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    if kind == "truncated":
+        arguments["truncated"] = unit < 0.02
+    if kind == "each_step":
+        arguments |= {"discount": unit, "gae_lambda": unit.flip(1).round(decimals=1)}
+    if kind == "next_value":
+        arguments |= {"bootstrap_value": None, "next_value": unit}
+    found = generalized_advantage_estimate(**arguments)
+    for a, b in zip(found, gae_loop(**arguments), strict=True):
+        torch.testing.assert_close(a, b, **EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("truncated", [None, no_flags(3, 700)])
+def test_gae_of_many_blocks_in_less_precision(dtype: torch.dtype, truncated: Tensor | None) -> None:
+    arguments: dict[str, Any] = long_row(700, dtype) | {"truncated": truncated, "discount": 0.99}
+    found = generalized_advantage_estimate(**arguments)
+    # Sums of some twenty terms of size 1: a few units in the last place of float32, and one
+    # rounding of the result.
+    for a, b in zip(found, gae_loop(**arguments), strict=True):
+        assert a.dtype == dtype
+        tolerance = 5e-6 + torch.finfo(dtype).eps
+        torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
+
+
+def test_gae_of_more_rows_than_are_worked_on_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments: dict[str, Any] = long_row(40)
+    for discount in (0.9, torch.rand(40), torch.rand(3, 1), torch.rand(3, 40), torch.tensor(0.9)):
+        arguments["discount"] = discount
+        whole = generalized_advantage_estimate(**arguments)
+        for cached in (1, 80):
+            monkeypatch.setattr(gae, "CACHED", cached)
+            parts = generalized_advantage_estimate(**arguments)
+            torch.testing.assert_close(parts, whole, rtol=0, atol=0)
+        monkeypatch.undo()
+
+
+def test_gae_with_lambda_as_a_number_of_the_run() -> None:
+    arguments: dict[str, Any] = long_row(40)
+    found = generalized_advantage_estimate(**arguments, gae_lambda=torch.tensor(0.9))
+    expected = generalized_advantage_estimate(**arguments, gae_lambda=torch.tensor(0.9).item())
+    torch.testing.assert_close(found, expected)
+
+
+def test_gae_leaves_its_arguments_alone() -> None:
+    following = {"bootstrap_value": None, "next_value": torch.ones(3, 40).double()}
+    for extra in ({}, {"truncated": no_flags(3, 40)}, following):
+        arguments: dict[str, Any] = long_row(40) | extra | {"discount": torch.rand(3, 40).double()}
+        arguments = {name: x for name, x in arguments.items() if x is not None}
+        before = {name: x.clone() for name, x in arguments.items()}
+        generalized_advantage_estimate(**arguments)
+        torch.testing.assert_close(arguments, before, rtol=0, atol=0)
+
+
+def test_gae_scan_is_a_torch_op() -> None:
+    x, factor = torch.randn(3, 20), torch.rand(3, 20)
+    torch.library.opcheck(torch.ops.safe_ops.gae_following.default, (x, factor, torch.ones(3)))
 
 
 def test_gae_by_hand() -> None:
