@@ -1,6 +1,6 @@
 """Linear layers with their LoRA adapters merged in, in memory of their own: the base stays."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -128,7 +128,7 @@ class MergedAdapters:
             self._places.append((modules[parent], child, module, MergedLinear([module])))
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
+    def in_place(self) -> Generator[None]:
         """Merge the present weights and let the model compute with them."""
         for _, _, _, merged in self._places:
             merged.refresh()

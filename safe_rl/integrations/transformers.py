@@ -1,6 +1,6 @@
 """Sampling from a causal language model of transformers."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
@@ -150,7 +150,7 @@ class Sampler:
         return Sampled(tokens[:, : step + 1], log_prob[:, : step + 1])
 
     @contextmanager
-    def _decoder(self) -> Iterator[CachedDecoder]:
+    def _decoder(self) -> Generator[CachedDecoder]:
         if self._llama is not None:
             self._llama.refresh()
             yield self._llama
