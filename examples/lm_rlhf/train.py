@@ -119,7 +119,7 @@ def train(config: Config, output: Path, *, resume: bool) -> Path:
         reward = classifier_reward(config.reward_model, label=config.reward_label)
 
     safe = config.algorithm == "safe"
-    sampler = Sampler(language_model)
+    sampler = Sampler(language_model, merged=config.merged_sampling)
     critic = SoftMinCritic(
         language_model.config.hidden_size,
         num_heads=config.critic_heads if safe else 1,
