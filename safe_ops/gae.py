@@ -36,8 +36,8 @@ def generalized_advantage_estimate(
     lambda 0 this is the one-step error, with lambda 1 the discounted return minus V. A value or
     reward that counts and is not finite spoils its row up to its step.
 
-    A linear recurrence, computed in blocks, so that few operations depend on T: on a CPU some 20 to
-    40 times faster than a loop over the steps at [64, 1024], and one graph for all sizes.
+    A linear recurrence, computed in blocks, so that few operations depend on T; one graph for all
+    sizes. ``tests/benchmarks/bench_gae.py`` compares it with loops.
 
     Args:
         reward: [B, T].
@@ -86,8 +86,8 @@ def generalized_advantage_estimate(
     return AdvantageEstimate(*[torch.cat(part) for part in zip(*parts, strict=True)])
 
 
-CACHED = 1 << 17
-"""Steps that are worked on at a time on a CPU: twice as fast as all at once where T is 4096."""
+CACHED = 1 << 18
+"""Steps that are worked on at a time on a CPU: twice as fast at [256, 4096] as all at once."""
 
 BLOCK = 8
 
@@ -107,6 +107,8 @@ def _estimate(
     work = torch.promote_types(dtype, torch.float32)
     reward, value = reward.detach().to(work), value.detach().to(work)
     discount = torch.as_tensor(discount, dtype=work, device=value.device)
+    one_lambda = not isinstance(gae_lambda, Tensor) or gae_lambda.ndim == 0
+    gae_lambda = torch.as_tensor(gae_lambda, dtype=work, device=value.device)
     counts, goes_on = _bits(mask, work), _bits(mask & ~terminated, work)
     last = value.new_zeros(value.shape[:1])
     if bootstrap_value is not None:
@@ -115,17 +117,16 @@ def _estimate(
 
     # Own tensors are changed in place where it can be: memory is what takes the time.
     advantage = reward - value
-    one_lambda = not isinstance(gae_lambda, Tensor) or gae_lambda.ndim == 0
     if truncated is None and next_value is None and one_lambda:
         # V + lambda A is all that the step before needs, and a recurrence of its own. With
         # truncations, or a lambda of each step, it is not: one step needs V, the next V + A.
         factor = _select(discount * gae_lambda, goes_on).add_(_one(~counts, work))
-        mixed = _select_(value + gae_lambda * advantage, counts)
+        mixed = _select_(torch.addcmul(value, advantage, gae_lambda), counts)
         after = _following(mixed, factor, last)
         advantage.addcmul_(_select_(after, goes_on), discount)
     else:
         recurs = goes_on if truncated is None else _bits(~truncated, work).bitwise_and_(goes_on)
-        decay = discount * torch.as_tensor(gae_lambda, dtype=work, device=value.device)
+        decay = discount * gae_lambda
         hold = _one(~counts, work)
         if next_value is None:
             after = _following(_select(value, counts), hold, last)

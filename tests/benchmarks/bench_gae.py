@@ -1,0 +1,140 @@
+"""How many times faster than a Python loop over T the advantages are, TorchRL's beside ours.
+
+    python -m tests.benchmarks.bench_gae
+
+float32, one thread, CPU time, implementations interleaved, medians. "loop" does all that ours does
+(ends, cuts, holes in the mask, value targets), one step after the other; "bare loop" is what one
+writes where every step counts. TorchRL knows no holes, so its two work on the same tensors without.
+
+| case | terminated | truncated | mask |
+|---|---|---|---|
+| no terminations | none | not given | all count |
+| ends | 1 % of the steps | not given | 10 % holes |
+| general | 1 % of the steps | 1 % of the steps | 10 % holes |
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+
+import torch
+from torch import Tensor
+from torchrl.objectives.value.functional import (
+    generalized_advantage_estimate as torchrl_loop,
+)
+from torchrl.objectives.value.functional import (
+    vec_generalized_advantage_estimate as torchrl_vectorised,
+)
+
+from safe_ops import generalized_advantage_estimate
+
+SIZES = {(64, 1024): 30, (256, 4096): 7}
+"""[B, T] to rounds."""
+DISCOUNT, GAE_LAMBDA = 0.99, 0.95
+
+
+def loop(
+    reward: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor,
+    terminated: Tensor,
+    truncated: Tensor | None,
+    bootstrap_value: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Everything, step by step."""
+    stop = terminated if truncated is None else terminated | truncated
+    advantage = torch.zeros_like(reward)
+    next_value, next_advantage = bootstrap_value, torch.zeros_like(bootstrap_value)
+    for t in reversed(range(reward.shape[1])):
+        delta = reward[:, t] + DISCOUNT * next_value * ~terminated[:, t] - value[:, t]
+        current = delta + DISCOUNT * GAE_LAMBDA * next_advantage * ~stop[:, t]
+        advantage[:, t] = torch.where(mask[:, t], current, 0.0)
+        next_advantage = torch.where(mask[:, t], current, next_advantage)
+        next_value = torch.where(mask[:, t], value[:, t], next_value)
+    return advantage, torch.where(mask, advantage + value, 0.0)
+
+
+def bare_loop(
+    reward: Tensor, value: Tensor, *, terminated: Tensor, bootstrap_value: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Without masks and truncations."""
+    advantage = torch.empty_like(reward)
+    next_value, current = bootstrap_value, torch.zeros_like(bootstrap_value)
+    for t in reversed(range(reward.shape[1])):
+        alive = ~terminated[:, t]
+        delta = reward[:, t] + DISCOUNT * next_value * alive - value[:, t]
+        current = delta + DISCOUNT * GAE_LAMBDA * alive * current
+        advantage[:, t] = current
+        next_value = value[:, t]
+    return advantage, advantage + value
+
+
+def interleaved_seconds(calls: dict[str, Callable[[], object]], *, rounds: int) -> dict[str, float]:
+    """Median CPU seconds of one thread; every round runs every call once, after one to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds + 1):
+        for name, call in calls.items():
+            start = time.thread_time()
+            call()
+            spent = time.thread_time() - start
+            if turn:
+                seconds[name].append(spent)
+    return {name: statistics.median(spent) for name, spent in seconds.items()}
+
+
+def case(name: str, batch: int, steps: int) -> dict[str, Callable[[], tuple[Tensor, Tensor]]]:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    def sometimes(share: float) -> Tensor:
+        return torch.rand(batch, steps, generator=generator) < share
+
+    reward, value, bootstrap = normal(batch, steps), normal(batch, steps), normal(batch)
+    ends = sometimes(0.0 if name == "no terminations" else 0.01)
+    mask = sometimes(1.1 if name == "no terminations" else 0.9)
+    cuts = sometimes(0.01) if name == "general" else None
+    done = ends if cuts is None else ends | cuts
+    arguments = {
+        "mask": mask,
+        "terminated": ends,
+        "truncated": cuts,
+        "bootstrap_value": bootstrap,
+    }
+    following = torch.cat([value[:, 1:], bootstrap.unsqueeze(1)], 1)
+    columns = [x.unsqueeze(-1) for x in (value, following, reward, done, ends)]
+    return {
+        "ours": lambda: generalized_advantage_estimate(
+            reward, value, **arguments, discount=DISCOUNT, gae_lambda=GAE_LAMBDA
+        ),
+        "loop": lambda: loop(reward, value, **arguments),
+        "bare loop": lambda: bare_loop(reward, value, terminated=ends, bootstrap_value=bootstrap),
+        "TorchRL loop": lambda: torchrl_loop(DISCOUNT, GAE_LAMBDA, *columns),
+        "TorchRL vectorised": lambda: torchrl_vectorised(DISCOUNT, GAE_LAMBDA, *columns),
+    }
+
+
+def main() -> None:
+    """Print the table."""
+    torch.set_num_threads(1)
+    print(f"torch {version('torch')}, torchrl {version('torchrl')}, {time.strftime('%Y-%m-%d')}")
+    print("| [B, T] | case | implementation | ms | times faster than loop | than bare loop |")
+    print("|---|---|---|---|---|---|")
+    for (batch, steps), rounds in SIZES.items():
+        for name in ("no terminations", "ends", "general"):
+            calls = case(name, batch, steps)
+            torch.testing.assert_close(tuple(calls["ours"]()), calls["loop"](), atol=1e-4, rtol=0)
+            seconds = interleaved_seconds(calls, rounds=rounds)
+            for implementation, spent in seconds.items():
+                print(
+                    f"| [{batch}, {steps}] | {name} | {implementation} | {1e3 * spent:.2f} | "
+                    f"{seconds['loop'] / spent:.1f} | {seconds['bare loop'] / spent:.1f} |",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
