@@ -26,7 +26,7 @@ def value_terms(
 
     Args:
         value: [B, T] or [B, T, K] for K heads.
-        value_target: [B, T], shared by the heads, or the shape of ``value``.
+        value_target: [B, T] or [B, T, 1], shared by the heads, or the shape of ``value``.
         mask: bool [B, T], True = counts.
         huber_delta: Where the loss turns linear, in reward units; None is the squared loss.
         old_value: Shape of ``value``; the values at the rollout, needed with ``clip``.
@@ -59,6 +59,11 @@ def value_terms(
             "value must be [B, T] or [B, T, K] and value_target [B, T] like mask, got value "
             f"{tuple(value.shape)}, value_target {tuple(value_target.shape)}, "
             f"mask {tuple(mask.shape)}"
+        )
+    if target.shape[-1] not in (1, heads.shape[-1]):
+        raise ValueError(
+            "value_target must have one entry a token or one a head, "
+            f"got value {tuple(value.shape)} and value_target {tuple(value_target.shape)}"
         )
     counts = mask.unsqueeze(-1).expand_as(heads)
     heads = fill_masked(heads, counts)
@@ -95,7 +100,7 @@ def value_loss(
 
     Args:
         value: [B, T] or [B, T, K] for K heads.
-        value_target: [B, T], shared by the heads, or the shape of ``value``.
+        value_target: [B, T] or [B, T, 1], shared by the heads, or the shape of ``value``.
         mask: bool [B, T], True = counts.
         huber_delta: Where the loss turns linear, in reward units; None is the squared loss.
         old_value: Shape of ``value``; the values at the rollout, needed with ``clip``.
@@ -145,6 +150,11 @@ def explained_variance(value: Tensor, value_target: Tensor, *, mask: Tensor) -> 
         >>> explained_variance(target, target, mask=torch.ones(1, 2).bool())
         tensor(1.)
     """
+    if not value.shape == value_target.shape == mask.shape:
+        raise ValueError(
+            f"value and value_target must have the shape of mask, got value {tuple(value.shape)}, "
+            f"value_target {tuple(value_target.shape)}, mask {tuple(mask.shape)}"
+        )
     residual = masked_var((value_target - value).detach(), mask)
     total = masked_var(value_target.detach(), mask)
     share = 1 - residual / torch.where(total > 0, total, torch.ones_like(total))

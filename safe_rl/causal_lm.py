@@ -6,6 +6,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
 from safe_ops import token_log_probs
+from safe_rl.keys import read
 
 
 class CausalLMActorCritic(TensorDictModuleBase):
@@ -32,7 +33,9 @@ class CausalLMActorCritic(TensorDictModuleBase):
         temperature: Of the sampling.
 
     Raises:
-        ValueError: the model has no head or no backbone.
+        ValueError: the model has no head or no backbone, or is a ``PeftModel``, whose base model
+            is what is meant; ``temperature`` is not positive; a batch has no prompt token, or a
+            mask has not the shape of its tokens.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -52,6 +55,11 @@ class CausalLMActorCritic(TensorDictModuleBase):
         self, language_model: nn.Module, critic: nn.Module, *, temperature: float = 1.0
     ) -> None:
         super().__init__()
+        if hasattr(language_model, "get_base_model"):
+            raise ValueError(
+                f"language_model is a {type(language_model).__name__}: give its get_base_model(), "
+                "in which the adapters act"
+            )
         prefix = getattr(language_model, "base_model_prefix", None)
         backbone = getattr(language_model, prefix, None) if isinstance(prefix, str) else None
         if not isinstance(backbone, nn.Module):
@@ -82,8 +90,22 @@ class CausalLMActorCritic(TensorDictModuleBase):
 
     def response_states(self, batch: TensorDictBase) -> Tensor:
         """Hidden states before each response token and after the last place, [B, T + 1, H]."""
-        prompt, response = batch["tokens", "prompt"], batch["tokens", "response"]
-        attention_mask = torch.cat([batch["prompt_mask"], batch["response_mask"]], 1)
+        prompt, response = (read(batch, ("tokens", part)) for part in ("prompt", "response"))
+        masks = []
+        for tokens, key in ((prompt, "prompt_mask"), (response, "response_mask")):
+            mask = read(batch, key)
+            if mask.shape != tokens.shape or mask.dtype != torch.bool:
+                raise ValueError(
+                    f"{key!r} must be bool and have the shape of its tokens {tuple(tokens.shape)}, "
+                    f"got {mask.dtype} {tuple(mask.shape)}"
+                )
+            masks.append(mask)
+        if prompt.shape[1] == 0:
+            raise ValueError(
+                "('tokens', 'prompt') must have at least one token a row, "
+                f"got {tuple(prompt.shape)}: the first response token needs a state before it"
+            )
+        attention_mask = torch.cat(masks, 1)
         backbone, _ = self._backbone_and_head
         hidden = backbone(
             input_ids=torch.cat([prompt, response], 1),

@@ -1,7 +1,7 @@
 """One file that holds a run: written whole or not at all, read whole or refused."""
 
+import copy
 import os
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -75,7 +75,16 @@ class RandomStates:
         return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
-        """Set every generator back."""
+        """Set every generator back.
+
+        Raises:
+            ValueError: other generators were saved, as on a machine with a GPU or without one.
+        """
+        held = self._generators.keys() | ({"cuda"} if torch.cuda.is_available() else set())
+        if held != state_dict.keys():
+            raise ValueError(
+                f"random states saved are of {sorted(state_dict)}, this run has {sorted(held)}"
+            )
         for name, generator in self._generators.items():
             generator.set_state(state_dict[name])
         if torch.cuda.is_available():
@@ -102,7 +111,8 @@ def save_checkpoint(
         3
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # One name, so that what a killed process left behind is overwritten by the next.
+    temporary = path.with_name(f".{path.name}.tmp")
     states = {name: part.state_dict() for name, part in parts.items()}
     if not write:
         return
@@ -117,7 +127,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: str | os.PathLike[str], parts: Mapping[str, Stateful]) -> int:
-    """Give every part its state back.
+    """Give every part its state back; where one does not fit, all stay as they were.
 
     Args:
         path: What ``save_checkpoint`` wrote. Only tensors and plain values are unpickled.
@@ -128,20 +138,38 @@ def load_checkpoint(path: str | os.PathLike[str], parts: Mapping[str, Stateful])
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is cut or is none of ours, or its parts have other names.
+        ValueError: the file is cut or is none of ours, its parts have other names, or one of them
+            does not fit.
     """
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        step, states = saved["step"], saved["parts"]
-    except FileNotFoundError:
-        raise
-    except (RuntimeError, EOFError, KeyError, TypeError, OSError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"checkpoint {path} cannot be read, it may be cut: {reason}") from error
+    step, states = _read(path)
     if set(states) != set(parts):
         raise ValueError(
             f"checkpoint {path} holds {sorted(states)}, this run needs {sorted(parts)}"
         )
-    for name, part in parts.items():
-        part.load_state_dict(states[name])
+    # Copies: the state of a module is the module's own tensors.
+    before = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
+    for position, (name, part) in enumerate(parts.items()):
+        try:
+            part.load_state_dict(states[name])
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            for touched in list(parts)[: position + 1]:
+                parts[touched].load_state_dict(before[touched])
+            reason = " ".join(str(error).split())
+            raise ValueError(f"checkpoint {path}, part {name!r} does not fit: {reason}") from error
     return step
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[int, dict[str, Any]]:
+    """The step and the states in the file, whose parts are not looked at yet."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    # Bytes that are no checkpoint raise whatever the unpickler trips over.
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"checkpoint {path} cannot be read, it may be cut: {reason}") from error
+    match saved:
+        case {"step": int(step), "parts": dict(states)}:
+            return step, states
+    raise ValueError(f"checkpoint {path} is none of ours: it holds no step and parts")

@@ -133,6 +133,8 @@ CASES: list[tuple[str, Callable[[], object], list[str]]] = [
             (f"{op.__name__}-mask", value(op, mask=X), ["mask must be bool"]),
         )
     ],
+    ("explained-shape", lambda: explained_variance(X[:, :1], X, mask=YES),
+     ["value and value_target", "(2, 1)", "(2, 3)"]),
     ("explained-mask", lambda: explained_variance(X, X, mask=X), ["mask must be bool"]),
 ]  # fmt: skip
 

@@ -167,6 +167,44 @@ def test_value_loss_gradcheck(delta: float | None) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("value", "target"),
+    [
+        ((2, 3, 2), (2, 3, 3)),
+        ((2, 3, 1), (2, 3, 2)),
+        ((2, 3), (2, 3, 2)),
+        ((2, 3, 2), (2, 3, 0)),
+        ((2, 3, 2), (2, 1)),
+        ((2, 3, 2), (2, 4, 2)),
+        ((2, 3, 2), (3,)),
+        ((2, 3, 2), ()),
+        ((2, 4), (2, 3)),
+        ((2, 1), (2, 3)),
+        ((3,), (2, 3)),
+        ((), (2, 3)),
+        ((1, 2, 3, 2), (2, 3)),
+    ],
+)
+def test_shapes_that_disagree_are_both_named(
+    value: tuple[int, ...], target: tuple[int, ...]
+) -> None:
+    mask = torch.ones(2, 3).bool()
+    for op in (value_terms, value_loss, explained_variance):
+        with pytest.raises(ValueError, match="value_target") as caught:
+            op(torch.zeros(value), torch.zeros(target), mask=mask)
+        for shape in (value, target):
+            assert str(tuple(shape)) in str(caught.value)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_a_shared_target_may_keep_its_head_dimension(heads: int) -> None:
+    value, target = torch.ones(2, 3, heads), torch.arange(6.0).reshape(2, 3)
+    mask = torch.ones(2, 3).bool()
+    torch.testing.assert_close(
+        value_terms(value, target.unsqueeze(-1), mask=mask), value_terms(value, target, mask=mask)
+    )
+
+
 # --- explained variance -------------------------------------------------------------------------
 
 

@@ -1,0 +1,328 @@
+"""One forward against a plain one on the unpadded sequence, on a small real Llama."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tensordict import TensorDict
+from torch import Tensor, nn
+from torch.testing import assert_close
+from transformers import LlamaForCausalLM, LlamaModel
+
+from safe_rl import CausalLMActorCritic, SoftMinCritic
+from safe_rl.objectives import SAFELoss
+from safe_rl.rollouts import left_pad, pack_rollout
+from tests.safe_rl.objectives.batches import total
+from tests.tiny_models import llama_config
+
+pytestmark = [
+    # transformers warns of its own renaming when peft wraps a model.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
+]
+
+VOCABULARY, EOS = 20, 1
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [4, 4]]
+RESPONSES = [[3, 4, 5, 1, 1, 1], [6, 7, 8, 9, 10, 11], [1, 1, 1, 1, 1, 1], [12, 1, 1, 1, 1, 1]]
+LENGTHS = [4, 6, 1, 2]
+
+
+def rollout(
+    prompts: list[list[int]] = PROMPTS,
+    responses: list[list[int]] = RESPONSES,
+    *,
+    prompt_width: int = 10,
+    width: int = 6,
+) -> TensorDict:
+    """Prompt and response fill 16 places, a whole number of tiles of a matrix product."""
+    return pack_rollout(
+        *left_pad(prompts, width=prompt_width, pad_id=EOS),
+        torch.tensor(responses),
+        torch.tensor([EOS]),
+        width=width,
+        pad_id=EOS,
+    )
+
+
+@pytest.fixture
+def network() -> CausalLMActorCritic:
+    torch.manual_seed(0)
+    language_model = LlamaForCausalLM(llama_config(VOCABULARY)).eval()
+    return CausalLMActorCritic(language_model, SoftMinCritic(16))
+
+
+@pytest.fixture
+def adapted() -> tuple[PeftModel, CausalLMActorCritic]:
+    """Adapters that already act: peft starts them at no effect."""
+    torch.manual_seed(0)
+    language_model = LlamaForCausalLM(llama_config(VOCABULARY))
+    settings = LoraConfig(
+        r=2, lora_alpha=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"
+    )
+    peft_model = get_peft_model(language_model, settings).eval()
+    for name, parameter in peft_model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    return peft_model, CausalLMActorCritic(peft_model.get_base_model(), SoftMinCritic(16))
+
+
+def plain(network: CausalLMActorCritic, row: int, temperature: float = 1.0) -> dict[str, Tensor]:
+    """The same of one row from transformers' own forward: no padding, no mask, no positions."""
+    model = network.language_model
+    tokens = PROMPTS[row] + RESPONSES[row][: LENGTHS[row]]
+    output = model(torch.tensor([tokens]), output_hidden_states=True)
+    first = len(PROMPTS[row]) - 1
+    distribution = torch.distributions.Categorical(logits=output.logits[0, first:-1] / temperature)
+    values = network.critic(output.hidden_states[-1][0, first:])
+    return {
+        "log_prob": distribution.log_prob(torch.tensor(tokens[first + 1 :])),
+        "entropy": distribution.entropy(),
+        "state_values": values[:-1],
+        "bootstrap_values": values[-1],
+    }
+
+
+# --- values -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@torch.no_grad()
+def test_against_a_forward_on_the_unpadded_sequence(network, temperature):
+    network.temperature = temperature
+    batch = network(rollout())
+    assert batch["log_prob"].shape == batch["entropy"].shape == (4, 6)
+    assert batch["state_values"].shape == (4, 6, 2)
+    assert batch["bootstrap_values"].shape == (4, 2)
+    for row, length in enumerate(LENGTHS):
+        for key, expected in plain(network, row, temperature).items():
+            found = batch[row][key]
+            found = found if key == "bootstrap_values" else found[:length]
+            assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_value_belongs_to_the_state_before_the_token(network):
+    before = network(rollout())
+    for t in range(6):
+        changed = rollout()
+        changed["tokens", "response"][1, t] = 17
+        after = network(changed)
+        moved = (after["state_values"] - before["state_values"]).abs().amax((0, 2))
+        assert not moved[: t + 1].any()
+        assert (moved[t + 1 :] > 0).all()
+        assert (after["bootstrap_values"][1] != before["bootstrap_values"][1]).all()
+        assert (after["bootstrap_values"][0] == before["bootstrap_values"][0]).all()
+
+
+@torch.no_grad()
+def test_the_bootstrap_value_follows_the_last_valid_token(network):
+    """It is what a longer response would have as the value of its next token."""
+    batch = network(rollout())
+    longer = [row[:n] + [5] * (6 - n) for row, n in zip(RESPONSES, LENGTHS, strict=True)]
+    packed = rollout(responses=longer)
+    packed["tokens", "response"] = torch.tensor(longer)
+    packed["response_mask"] = torch.ones(4, 6).bool()
+    for row, length in enumerate(LENGTHS):
+        if length < 6:
+            expected = network(packed)["state_values"][row, length]
+            assert_close(batch["bootstrap_values"][row], expected, rtol=0, atol=2e-6)
+
+
+@torch.no_grad()
+def test_what_stands_in_the_padding_does_not_matter(network):
+    clean, dirty = rollout(), rollout()
+    dirty["tokens", "prompt"][~dirty["prompt_mask"]] = 7
+    dirty["tokens", "response"][~dirty["response_mask"]] = 9
+    mask = clean["response_mask"]
+    network(clean), network(dirty)
+    for key in ("log_prob", "entropy", "state_values"):
+        assert_close(dirty[key][mask], clean[key][mask], rtol=0, atol=0)
+    assert_close(dirty["bootstrap_values"], clean["bootstrap_values"], rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_half_precision_gives_float32(network):
+    network.language_model.to(torch.bfloat16)
+    batch = network(rollout())
+    assert {batch[key].dtype for key in network.out_keys} == {torch.float32}
+
+
+# --- the ratio is 1 -----------------------------------------------------------------------------
+
+
+def pieces_of(network: CausalLMActorCritic, batch: TensorDict, order: list[int], size: int):
+    scored = [network(batch[rows]) for rows in torch.tensor(order).split(size)]
+    return torch.cat(scored)[torch.tensor(order).argsort()]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [2, 0, 3, 1]])
+@torch.no_grad()
+def test_the_ratio_is_exactly_one_over_minibatch_size_and_order(network, size, order):
+    whole = network(rollout())
+    pieces = pieces_of(network, rollout(), order, size)
+    ratio = (pieces["log_prob"] - whole["log_prob"]).exp()
+    assert (ratio == 1).all()
+    assert (pieces["state_values"] == whole["state_values"]).all()
+
+
+@torch.no_grad()
+def test_the_ratio_is_exactly_one_over_right_padding(network):
+    short = network(rollout())
+    long = network(rollout(width=22))
+    mask = short["response_mask"]
+    assert (long["log_prob"][:, :6][mask] == short["log_prob"][mask]).all()
+
+
+@pytest.mark.parametrize("prompt_width", [5, 7, 18, 26])
+@torch.no_grad()
+def test_another_left_padding_agrees_to_rounding(network, prompt_width):
+    expected, found = network(rollout()), network(rollout(prompt_width=prompt_width))
+    mask = expected["response_mask"]
+    for key in ("log_prob", "entropy", "state_values"):
+        assert_close(found[key][mask], expected[key][mask], rtol=0, atol=2e-6)
+
+
+# --- gradients ----------------------------------------------------------------------------------
+
+
+def test_the_critic_sends_no_gradient_into_the_policy(network):
+    batch = network(rollout())
+    (batch["state_values"].sum() + batch["bootstrap_values"].sum()).backward()
+    assert all(p.grad is None for p in network.language_model.parameters())
+    assert all(p.grad.any() for p in network.critic.parameters())
+
+
+def test_the_policy_sends_no_gradient_into_the_critic(network):
+    network(rollout())["log_prob"].sum().backward()
+    assert all(p.grad is None for p in network.critic.parameters())
+    assert all(p.grad.any() for p in network.language_model.parameters())
+
+
+def test_every_adapter_gets_a_gradient_and_the_base_none(adapted):
+    peft_model, network = adapted
+    batch = rollout()
+    generator = torch.Generator().manual_seed(0)
+    scored = network(batch.clone()).detach()
+    batch["old_log_prob"] = scored["log_prob"]
+    batch["ref_log_prob"] = scored["log_prob"] - 0.1
+    for key in ("advantage", "value_target"):
+        batch[key] = torch.randn(4, 6, 1, generator=generator)
+    batch["kl_coef"] = torch.ones(4)
+    total(SAFELoss(network)(batch)).backward()
+    trained = {n: p for n, p in peft_model.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 3 * 2  # A and B, of three projections, in two layers
+    assert all(p.grad is not None and p.grad.any() for p in trained.values())
+    frozen = [p for p in peft_model.parameters() if not p.requires_grad]
+    assert all(p.grad is None for p in frozen)
+
+
+# --- adapters, state ----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_the_reference_is_the_model_with_its_adapters_off(adapted):
+    peft_model, network = adapted
+    torch.manual_seed(0)
+    base = CausalLMActorCritic(LlamaForCausalLM(llama_config(VOCABULARY)).eval(), network.critic)
+    on = network(rollout())
+    with peft_model.disable_adapter():
+        off = network(rollout())
+    again = network(rollout())
+    assert (off["log_prob"] == base(rollout())["log_prob"]).all()
+    assert (on["log_prob"] == again["log_prob"]).all()
+    assert (on["log_prob"] - off["log_prob"]).abs().max() > 1e-3
+
+
+def test_the_language_model_is_held_once(network):
+    state = network.state_dict()
+    names = [*network.language_model.state_dict()]
+    critic = [*network.critic.state_dict()]
+    assert sorted(state) == sorted(
+        [f"language_model.{n}" for n in names] + [f"critic.{n}" for n in critic]
+    )
+    parameters = list(network.parameters())
+    assert len(parameters) == len(set(parameters)) == len(list(network.parameters()))
+    assert len({name.split(".")[0] for name, _ in network.named_parameters()}) == 2
+
+
+@torch.no_grad()
+def test_a_copy_is_independent(network):
+    other = copy.deepcopy(network)
+    expected = network(rollout())["log_prob"]
+    other.language_model.lm_head.weight.zero_()
+    other.language_model.model.norm.weight.fill_(2.0)
+    assert (network(rollout())["log_prob"] == expected).all()
+    uniform = torch.full((4, 6), -torch.tensor(float(VOCABULARY)).log())
+    assert_close(other(rollout())["log_prob"], uniform)
+
+
+# --- errors -------------------------------------------------------------------------------------
+
+
+def llama() -> LlamaForCausalLM:
+    return LlamaForCausalLM(llama_config(VOCABULARY))
+
+
+def adapted_llama() -> PeftModel:
+    return get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: nn.Linear(2, 2), "must name its backbone in base_model_prefix.*got Linear"),
+        (lambda: LlamaModel(llama_config(VOCABULARY)), "base_model_prefix.*got LlamaModel"),
+        (adapted_llama, r"is a PeftModel: give its get_base_model\(\)"),
+    ],
+)
+def test_what_is_no_causal_language_model_is_named(model: Callable[[], nn.Module], message: str):
+    with pytest.raises(ValueError, match=message):
+        CausalLMActorCritic(model(), SoftMinCritic(16))
+
+
+def test_a_model_without_a_head_is_named():
+    model = llama()
+    model.lm_head = None
+    with pytest.raises(ValueError, match="must have a head, got LlamaForCausalLM"):
+        CausalLMActorCritic(model, SoftMinCritic(16))
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+def test_temperature_must_be_positive(temperature):
+    with pytest.raises(ValueError, match=f"temperature must be positive, got {temperature}"):
+        CausalLMActorCritic(llama(), SoftMinCritic(16), temperature=temperature)
+
+
+def without_prompt(batch: TensorDict) -> None:
+    batch["tokens", "prompt"] = torch.zeros(4, 0, dtype=torch.int64)
+    batch["prompt_mask"] = torch.zeros(4, 0, dtype=torch.bool)
+
+
+def short_mask(batch: TensorDict) -> None:
+    batch["response_mask"] = torch.ones(4, 5).bool()
+
+
+def float_mask(batch: TensorDict) -> None:
+    batch["prompt_mask"] = batch["prompt_mask"].float()
+
+
+def no_response(batch: TensorDict) -> None:
+    del batch["tokens", "response"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (without_prompt, r"'prompt'\) must have at least one token a row, got \(4, 0\)"),
+        (short_mask, r"'response_mask' must be bool .* \(4, 6\), got torch.bool \(4, 5\)"),
+        (float_mask, r"'prompt_mask' must be bool .* \(4, 10\), got torch.float32 \(4, 10\)"),
+        (no_response, r"must hold \('tokens', 'response'\), got"),
+    ],
+)
+def test_a_bad_batch_is_named(network, spoil: Callable[[TensorDict], None], message: str):
+    batch = rollout()
+    spoil(batch)
+    with pytest.raises(ValueError, match=message):
+        network(batch)
