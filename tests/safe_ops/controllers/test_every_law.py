@@ -25,6 +25,9 @@ SHORT = EntropyGatedKL(
     momentum=Momentum(window=3),
     velocity=Momentum(window=2),
     kl_integral=PID(ki=0.1, lower=0.0, upper=0.2),
+    trend_weight=0.5,
+    entropy_floor=0.5,
+    entropy_ceiling=0.9,
     phases=Phase(warm_up=4, window=3, dwell=2),
 )
 GATED = ("kl", "entropy", "reward")
