@@ -18,6 +18,8 @@ from safe_ops.controllers import (
     EntropyGatedKL,
     Momentum,
     Phase,
+    PIDLagrangian,
+    TrustRegion,
     flatten_state,
 )
 
@@ -37,6 +39,8 @@ LAWS = {
     "pid": (PID(kp=0.5, ki=0.1, kd=0.2, lower=-1.0, upper=1.0, rate_limit=0.3), ("measurement",)),
     "phase": (Phase(warm_up=4, window=3, dwell=2), ("reward",)),
     "adaptive_kl": (AdaptiveKL(), ("kl",)),
+    "pid_lagrangian": (PIDLagrangian(limit=0.6, kd=0.2, upper=1.0, rate_limit=0.3), ("cost",)),
+    "trust_region": (TrustRegion(limit=0.5, growth=1.5, filter=EMA(decay=0.5)), ("step_kl",)),
     "entropy_gated": (SHORT, GATED),
     "entropy_gated_paper": (EntropyGatedKL.paper(), GATED),
 }
