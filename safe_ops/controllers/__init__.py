@@ -8,6 +8,14 @@ from safe_ops.controllers.lagrangian import PIDLagrangian, PIDLagrangianState
 from safe_ops.controllers.momentum import Momentum, MomentumState
 from safe_ops.controllers.phase import PHASE_NAMES, Phase, PhaseState
 from safe_ops.controllers.pid import PID, PIDState
+from safe_ops.controllers.stability import (
+    global_gain,
+    kl_excess_bound,
+    reward_loop_gain,
+    smooth_gain,
+    stable_gain,
+    stable_gain_with_momentum,
+)
 from safe_ops.controllers.trust_region import TrustRegion, TrustRegionState, trust_region_scale
 
 __all__ = [
@@ -31,5 +39,11 @@ __all__ = [
     "TrustRegion",
     "TrustRegionState",
     "flatten_state",
+    "global_gain",
+    "kl_excess_bound",
+    "reward_loop_gain",
+    "smooth_gain",
+    "stable_gain",
+    "stable_gain_with_momentum",
     "trust_region_scale",
 ]
