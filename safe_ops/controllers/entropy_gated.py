@@ -17,7 +17,7 @@ from safe_ops.controllers.ema import EMA, EMAState
 from safe_ops.controllers.momentum import Momentum, MomentumState
 from safe_ops.controllers.phase import WARM_UP, Phase, PhaseState
 from safe_ops.controllers.pid import PID, PIDState
-from safe_ops.gated_kl import entropy_gate, gated_kl_penalty, momentum_penalty
+from safe_ops.gated_kl import entropy_gate, momentum_penalty
 
 
 class EntropyGatedKLState(NamedTuple):
@@ -385,18 +385,17 @@ class EntropyGatedKL:
         lead = self.horizon * torch.relu(rate)
         offset = integral.output
         gate = state.entropy_gate
-        penalty = gated_kl_penalty(
-            kl, threshold=state.kl_threshold, gate=gate, coef=self.coef, lead=lead + offset
-        )
-        window = self.momentum.window
+        # gated_kl_penalty and its derivative, of one excess.
         excess = torch.relu(kl + lead + offset - state.kl_threshold)
-        slope = 2 * gate * self.coef * excess
+        slope = 2 * self.coef * gate * excess
+        penalty = 0.5 * slope * excess
         if self.momentum_coef > 0:
+            window = self.momentum.window
             penalty = penalty + gate * momentum_penalty(
                 kl, momentum.past, window=window, coef=self.momentum_coef
             )
             rising = torch.relu(momentum.momentum)
-            slope = slope + 2 * gate * self.momentum_coef * rising / window
+            slope = slope + 2 * self.momentum_coef / window * gate * rising
         return state._replace(
             kl_coef=slope,
             kl_penalty=penalty,
@@ -423,7 +422,9 @@ def _lag(law: EMA) -> float:
 
 def _usable(measured: Tensor, *parts: tuple) -> Tensor:
     """Whether a measurement and all numbers that its laws propose are within LIMIT; NaN is not."""
-    numbers = [
-        leaf for part in parts for leaf in part if leaf.is_floating_point() and leaf.ndim == 0
-    ]
-    return torch.stack([measured, *numbers]).abs().amax() <= LIMIT
+    if parts:
+        numbers = [
+            leaf for part in parts for leaf in part if leaf.ndim == 0 and leaf.is_floating_point()
+        ]
+        measured = torch.stack([measured, *numbers])
+    return (measured.abs() <= LIMIT).all()

@@ -154,7 +154,8 @@ class Phase:
         age = torch.arange(2 * self.window, device=reward.device)
         length = ((state.step + 1) // 2).clamp(1, self.window)
         # Row 0 marks the last window, row 1 the one before.
-        windows = age // length == torch.arange(2, device=reward.device).unsqueeze(1)
+        start = torch.arange(2, device=reward.device).unsqueeze(1) * length
+        windows = (age >= start) & (age < start + length)
         means = (history * windows).sum(-1) / length
         squares = ((history - means.unsqueeze(1)) * windows).square().sum(-1)
         variances = squares / (length - 1).clamp(min=1)
@@ -174,17 +175,18 @@ class Phase:
             history=history,
         )
 
-        wanted = self._wanted(new, mean, variances[0].sqrt())
+        wanted = self._wanted(new, mean, variances[0])
         wanted = wanted * (state.step >= max(3, self.warm_up))  # WARM_UP is 0
         may_leave = (state.phase == WARM_UP) | (state.dwelt >= self.dwell)
         phase = torch.where(may_leave, wanted, state.phase)
+        # The factor of the warm-up is there from the start, and no phase leads back to it.
         factor = state.factor
-        for index, value in enumerate(self.factors):
-            factor = torch.where(phase == index, value, factor)
+        for index in (CLIMBING, CONVERGED, PLATEAU):
+            factor = torch.where(phase == index, self.factors[index], factor)
         dwelt = state.dwelt * (phase == state.phase) + 1
         return new._replace(phase=phase, factor=factor, dwelt=dwelt)
 
-    def _wanted(self, new: PhaseState, mean: Tensor, spread: Tensor) -> Tensor:
+    def _wanted(self, new: PhaseState, mean: Tensor, variance: Tensor) -> Tensor:
         """The phase that the reward speaks for; ``new.phase`` is still the old one."""
         climbing, converged = new.phase == CLIMBING, new.phase == CONVERGED
         unit = new.rise_error if self.relative else torch.ones_like(new.rise_error)
@@ -198,5 +200,5 @@ class Phase:
             moved = converged | (extent > self.moved * unit)
             settled = stands & ~falls & moved
         else:
-            settled = (mean > level) & (spread < self.spread_limit)
+            settled = (mean > level) & (variance < self.spread_limit**2)
         return torch.where(climbs, CLIMBING, torch.where(settled, CONVERGED, PLATEAU))

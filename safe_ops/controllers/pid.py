@@ -146,18 +146,24 @@ class PID:
             )
             others = proportional + derivative
         integral = state.integral + self.ki * error
-        slowest = (state.output - self.rate_limit).clamp(self.lower, self.upper)
-        fastest = (state.output + self.rate_limit).clamp(self.lower, self.upper)
+        lower, upper = lower.clamp(min=self.lower), upper.clamp(max=self.upper)
+        limited = self.rate_limit < math.inf
+        if limited:
+            lower = torch.maximum(lower, state.output - self.rate_limit)
+            upper = torch.minimum(upper, state.output + self.rate_limit)
         if self.anti_windup:
-            room_down = torch.maximum(slowest, lower) - others
-            room_up = torch.minimum(fastest, upper) - others
             # As far as the limit, and never backwards: plain holding would stop short of it.
             integral = integral.clamp(
-                torch.minimum(room_down, state.integral), torch.maximum(room_up, state.integral)
+                torch.minimum(lower - others, state.integral),
+                torch.maximum(upper - others, state.integral),
             )
-        integral = integral.clamp(-self.integral_limit, self.integral_limit)
+        if self.integral_limit < math.inf:
+            integral = integral.clamp(-self.integral_limit, self.integral_limit)
+        output = others + integral
+        if limited:
+            output = output.clamp(state.output - self.rate_limit, state.output + self.rate_limit)
         return state._replace(
-            output=(others + integral).clamp(slowest, fastest),
+            output=output.clamp(self.lower, self.upper),
             proportional=proportional,
             integral=integral,
             derivative=derivative,
