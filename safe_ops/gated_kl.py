@@ -9,15 +9,23 @@ from safe_ops.kl import kl_k1
 
 
 def entropy_gate(
-    entropy: Tensor, *, floor: float, lower: float = 0.5, upper: float = 4.0, eps: float = 0.1
+    entropy: Tensor,
+    *,
+    floor: float,
+    ceiling: float = math.inf,
+    lower: float = 0.5,
+    upper: float = 4.0,
+    eps: float = 0.1,
 ) -> Tensor:
-    """How strongly the penalty acts: more when the policy is nearly deterministic.
+    """How strongly the penalty acts: more when the policy is nearly deterministic, or too random.
 
-        g = clamp( floor / (H + eps), lower, upper )
+        g = clamp( max( floor / (H + eps), (H + eps) / ceiling ), lower, upper )
 
     Args:
         entropy: H, nats per token, any shape.
-        floor: Nats per token; the gate is about 1 there.
+        floor: Nats per token; the gate is about 1 there, and more below.
+        ceiling: Nats per token; the gate is about 1 there too, and more above: a policy whose
+            entropy surges is held as one whose entropy collapses. Paper: none, as with infinity.
         lower: Smallest gate.
         upper: Largest gate. The paper has none: at H = 0 its gate is 20, beyond any margin of
             stability; ``math.inf`` gives the printed equation.
@@ -27,21 +35,28 @@ def entropy_gate(
         Shape of ``entropy``, no unit.
 
     Raises:
-        ValueError: ``floor`` or ``eps`` is not positive, or not 0 <= lower <= upper.
+        ValueError: ``floor`` or ``eps`` is not positive, ``ceiling`` is below ``floor``, or not
+            0 <= lower <= upper.
 
     Source: SAFE (arXiv 2602.04651), entropy-gated penalty.
 
     Example:
         >>> entropy_gate(torch.tensor([0.0, 1.9, 8.0]), floor=2.0)
         tensor([4.0000, 1.0000, 0.5000])
+        >>> entropy_gate(torch.tensor([1.9, 2.9, 5.9]), floor=2.0, ceiling=3.0)
+        tensor([1.0000, 1.0000, 2.0000])
     """
     if not floor > 0:
         raise ValueError(f"floor must be positive, got {floor}")
     if not eps > 0:
         raise ValueError(f"eps must be positive, got {eps}")
+    if not ceiling >= floor:
+        raise ValueError(f"ceiling must not be below floor, got {ceiling} and {floor}")
     if not 0 <= lower <= upper:
         raise ValueError(f"lower and upper must satisfy 0 <= lower <= upper, got {lower}, {upper}")
     gate = floor / (entropy + eps)
+    if ceiling < math.inf:
+        gate = torch.maximum(gate, (entropy + eps) / ceiling)
     return gate.clamp(lower, None if upper == math.inf else upper)
 
 

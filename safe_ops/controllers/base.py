@@ -90,7 +90,7 @@ class Controller(nn.Module, Generic[StateT]):
         self._check_names(measurements)
         new = self.law.update(self.state, **measurements)
         for name, leaf in flatten_state(new).items():
-            self.get_buffer(name).copy_(leaf)
+            self._buffer(name).copy_(leaf)
         return new
 
     def extra_repr(self) -> str:
@@ -111,10 +111,14 @@ class Controller(nn.Module, Generic[StateT]):
         kind, parts = structure
         return kind(
             *[
-                self.get_buffer(part).clone() if isinstance(part, str) else self._read(part)
+                self._buffer(part).clone() if isinstance(part, str) else self._read(part)
                 for part in parts
             ]
         )
+
+    def _buffer(self, name: str) -> Tensor:
+        # Module.get_buffer looks for dots first: 118 calls of 1 us in one EntropyGatedKL step.
+        return cast(Tensor, self._buffers[name])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Controller[StateT]":
         def move(tensor: Tensor) -> Tensor:
@@ -204,22 +208,49 @@ def settle(state: StateT, new: StateT, *measurements: Tensor) -> StateT:
         >>> law.update(law.init(), value=float("nan")).non_finite
         tensor(1)
     """
-    before = cast(Any, state)
     accepted = all_finite(*measurements, *flatten_state(new).values())
-    kept = cast(Any, select_state(accepted, new, state))
-    return kept._replace(
-        step=before.step + accepted.long(), non_finite=before.non_finite + (~accepted).long()
-    )
+    return take(state, new, accepted=accepted, refused=~accepted)
+
+
+def take(state: StateT, new: StateT, *, accepted: Tensor, refused: Tensor) -> StateT:
+    """The new state where ``accepted``, else the old one; both are counted.
+
+    For a law that holds laws: it calls their ``propose`` and decides once for all of them. With
+    neither set the state is held and nothing is counted.
+
+    Args:
+        state: Before the update; has ``step`` and ``non_finite``.
+        new: What the law proposes; its ``step`` and ``non_finite`` are ignored.
+        accepted: 0-d, bool.
+        refused: 0-d, bool: a measurement was not finite.
+
+    Example:
+        >>> from safe_ops.controllers import EMA
+        >>> law, yes = EMA(), torch.tensor(True)
+        >>> state = law.init()
+        >>> take(state, law.propose(state, torch.tensor(3.0)), accepted=yes, refused=~yes).value
+        tensor(3.)
+    """
+    before = cast(Any, state)
+    parts = {
+        name: torch.where(accepted, a, b) if isinstance(a, Tensor) else select_state(accepted, a, b)
+        for name, a, b in zip(_fields(new), new, state, strict=True)
+        if name not in ("step", "non_finite")
+    }
+    return type(state)(**parts, step=before.step + accepted, non_finite=before.non_finite + refused)
 
 
 def all_finite(*tensors: Tensor) -> Tensor:
     """Whether every number of every tensor is finite, as a 0-d bool tensor.
 
+    Counts are: only floating tensors are looked at.
+
     Example:
         >>> all_finite(torch.tensor(1.0), torch.tensor([0.0, float("inf")]))
         tensor(False)
     """
-    return torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).all()
+    floats = [tensor.reshape(-1) for tensor in tensors if tensor.is_floating_point()]
+    return torch.cat(floats).isfinite().all()
 
 
 def select_state(condition: Tensor, chosen: StateT, other: StateT) -> StateT:

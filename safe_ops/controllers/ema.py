@@ -58,6 +58,10 @@ class EMA:
     def update(self, state: EMAState, *, value: float | Tensor) -> EMAState:
         """Take in one value."""
         value = measurement("value", value, like=state.step)
+        return settle(state, self.propose(state, value), value)
+
+    def propose(self, state: EMAState, value: Tensor) -> EMAState:
+        """``update`` without the refusal: for a law that holds this one and refuses for it."""
         weight = self.decay * state.weight + (1 - self.decay)
         mean = state.value + (1 - self.decay) / weight * (value - state.value)
-        return settle(state, state._replace(value=mean, weight=weight), value)
+        return state._replace(value=mean, weight=weight)

@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from safe_ops.controllers.base import (
-    all_finite,
-    flatten_state,
     measurement,
-    select_state,
+    take,
     zero,
     zero_count,
 )
@@ -19,7 +17,7 @@ from safe_ops.controllers.ema import EMA, EMAState
 from safe_ops.controllers.momentum import Momentum, MomentumState
 from safe_ops.controllers.phase import WARM_UP, Phase, PhaseState
 from safe_ops.controllers.pid import PID, PIDState
-from safe_ops.gated_kl import entropy_gate, gated_kl_penalty, momentum_penalty
+from safe_ops.gated_kl import entropy_gate, momentum_penalty
 
 
 class EntropyGatedKLState(NamedTuple):
@@ -37,6 +35,8 @@ class EntropyGatedKLState(NamedTuple):
     """Filtered, nats per token."""
     kl_momentum: Tensor
     """Nats per token per update."""
+    kl_trend: Tensor
+    """Nats per token per update, from the two averages; 0 if ``trend_weight`` is."""
     kl_lead: Tensor
     """Nats per token that the KL is expected to gain within the horizon."""
     kl_offset: Tensor
@@ -52,6 +52,7 @@ class EntropyGatedKLState(NamedTuple):
     non_finite: Tensor
     """int64, the other updates; each part counts its own as well."""
     kl_filter: EMAState
+    kl_long_filter: EMAState
     momentum: MomentumState
     kl_integral: PIDState
     reward_filter: EMAState
@@ -65,30 +66,38 @@ class EntropyGatedKLState(NamedTuple):
 class EntropyGatedKL:
     """Penalty on the KL above a threshold that follows the reward, stronger at low entropy.
 
-        KL   = kl_filter(measured)        m = momentum(KL)        lead = horizon max(0, m)
+        KL   = kl_filter(measured)        m = momentum(KL)
+        n    = (KL - kl_long_filter(measured)) / (lag of the long filter - lag of the short one)
+        lead = horizon max( 0, (1 - trend_weight) m + trend_weight n )
         tau  = clamp( (threshold + shift) * phase factor, lower, upper ), rate-limited
         shift = PID(reward velocity - target_velocity), within +- authority
-        g    = clamp( entropy_floor / (H + eps), gate_lower, gate_upper )
+        g    = clamp( max(entropy_floor / (H + eps), (H + eps) / entropy_ceiling), gate_lower,
+                      gate_upper )
         f    = g ( coef max(0, KL + lead + offset - tau)^2 + momentum_coef max(0, m)^2 )
         kl_coef = f'(KL) = 2 g ( coef max(0, KL + lead + offset - tau) + momentum_coef max(0, m)/w )
 
     with lead and offset held in the derivative. A reward that rises faster than ``target_velocity``
     widens the threshold, one that falls tightens it. Before the first KL nothing is penalised.
 
-    A measurement that is not finite holds the parts that read it, and the others go on: the KL is
-    controlled while the reward is missing, and by the last KL while that is missing. ``paper()`` is
-    the law as printed; what the default changes is marked "Paper:".
+    A measurement that is not finite, or beyond 1e9 in magnitude, holds the parts that read it, and
+    the others go on: the KL is controlled while the reward is missing, and by the last KL while
+    that is missing. A part that is off (``trend_weight`` 0, ``kl_integral`` without gains) stays as
+    it began. ``paper()`` is the law as printed; what the default changes is marked "Paper:".
 
     Args:
         coef: lambda, per (nat per token)^2; 0 switches the penalty off.
         momentum_coef: lambda_m. Paper: 5. Its slope is a hundredth of the main term's at w = 50.
-        horizon: Updates ahead for which the momentum counts, instead. Paper: 0.
+        horizon: Updates ahead for which the rate of the KL counts, instead. Paper: 0.
+        trend_weight: In [0, 1], the share of n in that rate. Both are exact on a ramp; n is the
+            quieter and the later one, and grows into the slope over the long filter's lag.
         threshold: Nats per token, before shift and phase.
         threshold_lower: Least tau.
         threshold_upper: Largest tau.
         threshold_rate: Largest change of tau, nats per token per update. Paper: none; a change of
             phase halves tau at once, and the penalty jumps.
         entropy_floor: Nats per token, the gate is about 1 there.
+        entropy_ceiling: Nats per token, the gate is about 1 there too and more above, within
+            gate_upper. Paper: none.
         entropy_eps: Nats per token.
         gate_lower: Least gate.
         gate_upper: Largest gate. Paper: none; 20 at H = 0, beyond any margin of stability.
@@ -101,6 +110,8 @@ class EntropyGatedKL:
         pid_in_warm_up: Paper: True. Otherwise the PID is enabled, without a bump, when the warm-up
             ends and the velocity is an average.
         kl_filter: Paper: decay 0.9, a lag of 9 updates; ours lags by 2.3.
+        kl_long_filter: Slower than ``kl_filter``; only read if ``trend_weight`` is positive. Paper:
+            decay 0.99, and its value is never used.
         momentum: Paper: window 50, in which a KL may run away unseen.
         kl_integral: On KL - tau, giving the offset; off with its default ki = 0. With ki > 0 the KL
             settles at tau, where the penalty alone rests above it, by drift over gain. Its
@@ -128,11 +139,13 @@ class EntropyGatedKL:
     coef: float = 0.1
     momentum_coef: float = 0.0
     horizon: float = 5.0
+    trend_weight: float = 0.0
     threshold: float = 0.3
     threshold_lower: float = 0.1
     threshold_upper: float = 0.6
     threshold_rate: float = 0.02
     entropy_floor: float = 2.0
+    entropy_ceiling: float = math.inf
     entropy_eps: float = 0.1
     gate_lower: float = 0.5
     gate_upper: float = 4.0
@@ -141,6 +154,7 @@ class EntropyGatedKL:
     pid_authority: float = 0.3
     pid_in_warm_up: bool = False
     kl_filter: EMA = field(default_factory=lambda: EMA(decay=0.7))
+    kl_long_filter: EMA = field(default_factory=lambda: EMA(decay=0.99))
     momentum: Momentum = field(default_factory=lambda: Momentum(window=10))
     kl_integral: PID = field(default_factory=lambda: PID(ki=0.0, lower=0.0, upper=0.3))
     reward_filter: EMA = field(default_factory=lambda: EMA(decay=0.95))
@@ -158,6 +172,18 @@ class EntropyGatedKL:
             value = getattr(self, name)
             if not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
+        if not self.entropy_ceiling >= self.entropy_floor:
+            raise ValueError(
+                "entropy_ceiling must not be below entropy_floor, "
+                f"got {self.entropy_ceiling} and {self.entropy_floor}"
+            )
+        if not 0 <= self.trend_weight <= 1:
+            raise ValueError(f"trend_weight must be in [0, 1], got {self.trend_weight}")
+        if self.trend_weight > 0 and not self.kl_long_filter.decay > self.kl_filter.decay:
+            raise ValueError(
+                "kl_long_filter must be slower than kl_filter, got decays "
+                f"{self.kl_long_filter.decay} and {self.kl_filter.decay}"
+            )
         if not 0 < self.threshold_lower <= self.threshold <= self.threshold_upper < math.inf:
             raise ValueError(
                 "threshold_lower, threshold and threshold_upper must be positive and in order, "
@@ -216,6 +242,7 @@ class EntropyGatedKL:
             kl_penalty=zero(),
             kl=zero(),
             kl_momentum=zero(),
+            kl_trend=zero(),
             kl_lead=zero(),
             kl_offset=zero(),
             threshold_shift=zero(),
@@ -224,6 +251,7 @@ class EntropyGatedKL:
             step=zero_count(),
             non_finite=zero_count(),
             kl_filter=self.kl_filter.init(),
+            kl_long_filter=self.kl_long_filter.init(),
             momentum=self.momentum.init(),
             kl_integral=self.kl_integral.init(),
             reward_filter=self.reward_filter.init(),
@@ -245,113 +273,158 @@ class EntropyGatedKL:
         kl = measurement("kl", kl, like=state.step)
         entropy = measurement("entropy", entropy, like=state.step)
         reward = measurement("reward", reward, like=state.step)
-        new = self._update_threshold(state, reward)
-        new = self._update_gate(new, entropy)
-        new = self._update_penalty(new, kl)
-        # Overflow of finite measurements: refused whole.
-        representable = all_finite(*flatten_state(new).values())
-        clean = representable & all_finite(kl, entropy, reward)
-        kept = select_state(representable, new, state)
-        return kept._replace(
-            step=state.step + clean.long(), non_finite=state.non_finite + (~clean).long()
-        )
+        new, good_reward = self._update_threshold(state, reward)
+        new, good_entropy = self._update_gate(new, entropy)
+        new, good_kl = self._update_penalty(new, kl)
+        good = good_reward & good_entropy & good_kl
+        return new._replace(step=state.step + good, non_finite=state.non_finite + ~good)
 
-    def _update_threshold(self, state: EntropyGatedKLState, reward: Tensor) -> EntropyGatedKLState:
-        filtered = self.reward_filter.update(state.reward_filter, value=reward)
-        good = filtered.step > state.reward_filter.step
-        # From the second reward on: the first has nothing to deviate from.
-        deviation = self.reward_deviation.update(
-            state.reward_deviation, value=(reward - state.reward_filter.value).abs()
+    def _update_threshold(
+        self, state: EntropyGatedKLState, reward: Tensor
+    ) -> tuple[EntropyGatedKLState, Tensor]:
+        """The state with a new threshold, and whether the reward could be used."""
+        filtered = self.reward_filter.propose(state.reward_filter, reward)
+        deviation = self.reward_deviation.propose(
+            state.reward_deviation, (reward - state.reward_filter.value).abs()
         )
-        deviation = select_state(
-            good & (state.reward_filter.step == 0), state.reward_deviation, deviation
-        )
-        slope = self.velocity.update(state.velocity, value=_where_good(good, filtered.value))
+        slope = self.velocity.propose(state.velocity, filtered.value)
         velocity = slope.momentum
         if self.normalize_reward:
             scale = deviation.value
-            velocity = torch.where(scale > 0, velocity / torch.where(scale > 0, scale, 1.0), 0.0)
-        phases = self.phases.update(state.phases, reward=reward)
+            velocity = torch.where(scale > 0, velocity / scale, 0.0)
+        phases = self.phases.propose(state.phases, reward)
 
         limit = self.pid_authority * (self.threshold_upper - self.threshold_lower)
         slowest = (state.kl_threshold - self.threshold_rate).clamp(min=self.threshold_lower)
         fastest = (state.kl_threshold + self.threshold_rate).clamp(max=self.threshold_upper)
         # The final saturation as the PID sees it. Minus turns its sign: a fast reward widens tau.
-        pid = self.pid.update(
+        pid = self.pid.propose(
             state.pid,
-            measurement=_where_good(good, -velocity),
-            setpoint=-self.target_velocity,
+            -velocity,
+            setpoint=torch.full_like(velocity, -self.target_velocity),
             lower=(slowest / phases.factor - self.threshold).clamp(min=-limit),
             upper=(fastest / phases.factor - self.threshold).clamp(max=limit),
         )
-        if not self.pid_in_warm_up:
-            pid = select_state(good & (phases.phase == WARM_UP), state.pid, pid)
-        shift = pid.output.clamp(-limit, limit)
-        threshold = ((self.threshold + shift) * phases.factor).clamp(
-            state.kl_threshold - self.threshold_rate, state.kl_threshold + self.threshold_rate
+
+        good = _usable(reward, filtered, deviation, slope, phases, pid)
+        refused = ~good
+        # The first reward has nothing to deviate from.
+        deviates = state.reward_filter.step > 0
+        active = good if self.pid_in_warm_up else good & (phases.phase != WARM_UP)
+        filtered = take(state.reward_filter, filtered, accepted=good, refused=refused)
+        deviation = take(
+            state.reward_deviation, deviation, accepted=good & deviates, refused=refused
         )
-        threshold = threshold.clamp(self.threshold_lower, self.threshold_upper)
+        slope = take(state.velocity, slope, accepted=good, refused=refused)
+        phases = take(state.phases, phases, accepted=good, refused=refused)
+        pid = take(state.pid, pid, accepted=active, refused=refused)
+
+        shift = pid.output.clamp(-limit, limit)
+        threshold = ((self.threshold + shift) * phases.factor).clamp(slowest, fastest)
         return state._replace(
             kl_threshold=torch.where(good, threshold, state.kl_threshold),
             threshold_shift=shift,
-            reward_velocity=velocity,
+            reward_velocity=torch.where(good, velocity, state.reward_velocity),
             phase=phases.phase,
             reward_filter=filtered,
             reward_deviation=deviation,
             velocity=slope,
             pid=pid,
             phases=phases,
-        )
+        ), good
 
-    def _update_gate(self, state: EntropyGatedKLState, entropy: Tensor) -> EntropyGatedKLState:
+    def _update_gate(
+        self, state: EntropyGatedKLState, entropy: Tensor
+    ) -> tuple[EntropyGatedKLState, Tensor]:
+        """The state with a new gate, and whether the entropy could be used."""
         gate = entropy_gate(
             # An estimate may be below 0 by rounding; the quotient must not change sign.
             entropy.clamp(min=0.0),
             floor=self.entropy_floor,
+            ceiling=self.entropy_ceiling,
             lower=self.gate_lower,
             upper=self.gate_upper,
             eps=self.entropy_eps,
         )
-        return state._replace(
-            entropy_gate=torch.where(entropy.isfinite(), gate, state.entropy_gate)
-        )
+        good = _usable(entropy)
+        return state._replace(entropy_gate=torch.where(good, gate, state.entropy_gate)), good
 
-    def _update_penalty(self, state: EntropyGatedKLState, kl: Tensor) -> EntropyGatedKLState:
-        filtered = self.kl_filter.update(state.kl_filter, value=kl)
-        good = filtered.step > state.kl_filter.step
-        kl = filtered.value
-        momentum = self.momentum.update(state.momentum, value=_where_good(good, kl))
-        rising = torch.relu(momentum.momentum)
-        lead = self.horizon * rising
-        integral = self.kl_integral.update(
-            state.kl_integral,
-            measurement=_where_good(good, -kl),
-            setpoint=-state.kl_threshold,
-        )
+    def _update_penalty(
+        self, state: EntropyGatedKLState, kl: Tensor
+    ) -> tuple[EntropyGatedKLState, Tensor]:
+        """The state with a new penalty, and whether the KL could be used."""
+        filtered = self.kl_filter.propose(state.kl_filter, kl)
+        momentum = self.momentum.propose(state.momentum, filtered.value)
+        long, integral = state.kl_long_filter, state.kl_integral
+        follows_trend = self.trend_weight > 0
+        integrates = max(self.kl_integral.kp, self.kl_integral.ki, self.kl_integral.kd) > 0
+        if follows_trend:
+            long = self.kl_long_filter.propose(long, kl)
+        if integrates:
+            # The offset's limits are the law's own.
+            infinite = torch.full_like(kl, math.inf)
+            integral = self.kl_integral.propose(
+                integral,
+                -filtered.value,
+                setpoint=-state.kl_threshold,
+                lower=-infinite,
+                upper=infinite,
+            )
+        good = _usable(kl, filtered, long, momentum, integral)
+        refused = ~good
+        filtered = take(state.kl_filter, filtered, accepted=good, refused=refused)
+        momentum = take(state.momentum, momentum, accepted=good, refused=refused)
+        kl, rate, trend = filtered.value, momentum.momentum, state.kl_trend
+        if integrates:
+            integral = take(state.kl_integral, integral, accepted=good, refused=refused)
+        if follows_trend:
+            long = take(state.kl_long_filter, long, accepted=good, refused=refused)
+            # Both averages start at the first KL, so the full lag makes n too small at first.
+            trend = (kl - long.value) / (_lag(self.kl_long_filter) - _lag(self.kl_filter))
+            rate = (1 - self.trend_weight) * rate + self.trend_weight * trend
+        lead = self.horizon * torch.relu(rate)
         offset = integral.output
         gate = state.entropy_gate
-        penalty = gated_kl_penalty(
-            kl, threshold=state.kl_threshold, gate=gate, coef=self.coef, lead=lead + offset
-        )
-        window = self.momentum.window
-        penalty = penalty + gate * momentum_penalty(
-            kl, momentum.past, window=window, coef=self.momentum_coef
-        )
+        # gated_kl_penalty and its derivative, of one excess.
         excess = torch.relu(kl + lead + offset - state.kl_threshold)
-        slope = 2 * gate * (self.coef * excess + self.momentum_coef * rising / window)
+        slope = 2 * self.coef * gate * excess
+        penalty = 0.5 * slope * excess
+        if self.momentum_coef > 0:
+            window = self.momentum.window
+            penalty = penalty + gate * momentum_penalty(
+                kl, momentum.past, window=window, coef=self.momentum_coef
+            )
+            rising = torch.relu(momentum.momentum)
+            slope = slope + 2 * self.momentum_coef / window * gate * rising
         return state._replace(
             kl_coef=slope,
             kl_penalty=penalty,
             kl=kl,
             kl_momentum=momentum.momentum,
+            kl_trend=trend,
             kl_lead=lead,
             kl_offset=offset,
             kl_filter=filtered,
+            kl_long_filter=long,
             momentum=momentum,
             kl_integral=integral,
-        )
+        ), good
 
 
-def _where_good(good: Tensor, value: Tensor) -> Tensor:
-    """NaN where the measurement behind it was refused, so that the next law holds as well."""
-    return torch.where(good, value, torch.nan)
+LIMIT = 1e9
+"""Magnitude beyond which a number counts as not finite: then no product of two overflows."""
+
+
+def _lag(law: EMA) -> float:
+    """Updates by which an average that has seen much follows a ramp."""
+    return law.decay / (1 - law.decay)
+
+
+def _usable(measured: Tensor, *parts: tuple) -> Tensor:
+    """Whether a measurement and all numbers that its laws propose are within LIMIT; NaN is not."""
+    if parts:
+        numbers = [
+            leaf for part in parts for leaf in part if leaf.ndim == 0 and leaf.is_floating_point()
+        ]
+        measured = torch.stack([measured, *numbers])
+    return (measured.abs() <= LIMIT).all()

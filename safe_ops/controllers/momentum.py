@@ -67,13 +67,16 @@ class Momentum:
     def update(self, state: MomentumState, *, value: float | Tensor) -> MomentumState:
         """Take in one value."""
         value = measurement("value", value, like=state.step)
-        slot = torch.arange(self.window, device=state.step.device) == state.step % self.window
+        return settle(state, self.propose(state, value), value)
+
+    def propose(self, state: MomentumState, value: Tensor) -> MomentumState:
+        """``update`` without the refusal: for a law that holds this one and refuses for it."""
+        slot = state.step % self.window
         history = torch.where(state.step == 0, value, state.history)
-        # A sum over one slot, since indexing with a 0-d tensor waits for the device.
-        past = torch.where(slot, history, 0.0).sum()
-        new = state._replace(
+        # Not history[slot]: indexing with a 0-d tensor waits for the device.
+        past = history.take(slot)
+        return state._replace(
             momentum=(value - past) / self.window,
             past=past,
-            history=torch.where(slot, value, history),
+            history=history.index_copy(0, slot.view(1), value.view(1)),
         )
-        return settle(state, new, value)

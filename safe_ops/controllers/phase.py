@@ -32,7 +32,7 @@ class PhaseState(NamedTuple):
     dwelt: Tensor
     """int64, updates spent in the phase."""
     history: Tensor
-    """[2 W], ring buffer of rewards."""
+    """[2 W], rewards, the newest first."""
     step: Tensor
     non_finite: Tensor
 
@@ -146,22 +146,25 @@ class Phase:
     def update(self, state: PhaseState, *, reward: float | Tensor) -> PhaseState:
         """Take in the mean reward of one rollout."""
         reward = measurement("reward", reward, like=state.step)
-        place = torch.arange(2 * self.window, device=state.step.device)
-        newest = state.step % (2 * self.window)
-        history = torch.where(place == newest, reward, state.history)
-        age = (newest - place) % (2 * self.window)
+        return settle(state, self.propose(state, reward), reward)
+
+    def propose(self, state: PhaseState, reward: Tensor) -> PhaseState:
+        """``update`` without the refusal: for a law that holds this one and refuses for it."""
+        history = torch.cat((reward.view(1), state.history[:-1]))
+        age = torch.arange(2 * self.window, device=reward.device)
         length = ((state.step + 1) // 2).clamp(1, self.window)
-        mean, variance = _mean_variance(history, age < length, length)
-        mean_before, variance_before = _mean_variance(
-            history, (age >= length) & (age < 2 * length), length
-        )
+        # Row 0 marks the last window, row 1 the one before.
+        start = torch.arange(2, device=reward.device).unsqueeze(1) * length
+        windows = (age >= start) & (age < start + length)
+        means = (history * windows).sum(-1) / length
+        squares = ((history - means.unsqueeze(1)) * windows).square().sum(-1)
+        variances = squares / (length - 1).clamp(min=1)
+        mean, mean_before = means.unbind()
         ready = state.step >= 3
-        rise = torch.where(ready, mean - mean_before, 0.0)
+        rise = (mean - mean_before) * ready
         # What float32 cannot resolve is no rise.
-        rounding = 1e-6 * (mean.abs() + mean_before.abs())
-        error = torch.where(
-            ready, ((variance + variance_before) / length).sqrt() + rounding, state.rise_error
-        )
+        rounding = 1e-6 * means.abs().sum()
+        error = torch.where(ready, (variances.sum() / length).sqrt() + rounding, state.rise_error)
         # Means of short windows are too noisy to be remembered.
         short = state.step < 2 * self.window
         new = state._replace(
@@ -172,17 +175,18 @@ class Phase:
             history=history,
         )
 
-        wanted = self._wanted(new, mean, variance.sqrt())
-        wanted = torch.where(ready & (state.step >= self.warm_up), wanted, WARM_UP)
+        wanted = self._wanted(new, mean, variances[0])
+        wanted = wanted * (state.step >= max(3, self.warm_up))  # WARM_UP is 0
         may_leave = (state.phase == WARM_UP) | (state.dwelt >= self.dwell)
         phase = torch.where(may_leave, wanted, state.phase)
+        # The factor of the warm-up is there from the start, and no phase leads back to it.
         factor = state.factor
-        for index, value in enumerate(self.factors):
-            factor = torch.where(phase == index, value, factor)
-        dwelt = torch.where(phase == state.phase, state.dwelt + 1, 1)
-        return settle(state, new._replace(phase=phase, factor=factor, dwelt=dwelt), reward)
+        for index in (CLIMBING, CONVERGED, PLATEAU):
+            factor = torch.where(phase == index, self.factors[index], factor)
+        dwelt = state.dwelt * (phase == state.phase) + 1
+        return new._replace(phase=phase, factor=factor, dwelt=dwelt)
 
-    def _wanted(self, new: PhaseState, mean: Tensor, spread: Tensor) -> Tensor:
+    def _wanted(self, new: PhaseState, mean: Tensor, variance: Tensor) -> Tensor:
         """The phase that the reward speaks for; ``new.phase`` is still the old one."""
         climbing, converged = new.phase == CLIMBING, new.phase == CONVERGED
         unit = new.rise_error if self.relative else torch.ones_like(new.rise_error)
@@ -196,12 +200,5 @@ class Phase:
             moved = converged | (extent > self.moved * unit)
             settled = stands & ~falls & moved
         else:
-            settled = (mean > level) & (spread < self.spread_limit)
+            settled = (mean > level) & (variance < self.spread_limit**2)
         return torch.where(climbs, CLIMBING, torch.where(settled, CONVERGED, PLATEAU))
-
-
-def _mean_variance(history: Tensor, mask: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased variance of the ``length`` places that ``mask`` marks."""
-    mean = torch.where(mask, history, 0.0).sum() / length
-    squares = torch.where(mask, history - mean, 0.0).square().sum()
-    return mean, squares / (length - 1).clamp(min=1)

@@ -123,32 +123,49 @@ class PID:
         r = as_measurement("setpoint", self.setpoint if setpoint is None else setpoint, like=like)
         low = as_measurement("lower", -math.inf if lower is None else lower, like=like)
         high = as_measurement("upper", math.inf if upper is None else upper, like=like)
-        error = r - y
+        new = self.propose(state, y, setpoint=r, lower=low, upper=high)
+        return settle(state, new, y, r)
 
+    def propose(
+        self,
+        state: PIDState,
+        measurement: Tensor,
+        *,
+        setpoint: Tensor,
+        lower: Tensor,
+        upper: Tensor,
+    ) -> PIDState:
+        """``update`` without the refusal: for a law that holds this one and refuses for it."""
+        error = setpoint - measurement
         proportional = self.kp * error
-        change = torch.where(state.step == 0, 0.0, y - state.measurement)
-        derivative = (
-            self.derivative_decay * state.derivative
-            - (1 - self.derivative_decay) * self.kd * change
-        )
-        integral = state.integral + self.ki * error
-        slowest = (state.output - self.rate_limit).clamp(min=self.lower)
-        fastest = (state.output + self.rate_limit).clamp(max=self.upper)
-        if self.anti_windup:
+        derivative, others = state.derivative, proportional
+        if self.kd > 0:
+            change = torch.where(state.step == 0, 0.0, measurement - state.measurement)
+            derivative = (
+                self.derivative_decay * derivative - (1 - self.derivative_decay) * self.kd * change
+            )
             others = proportional + derivative
-            room_up = torch.minimum(fastest, high) - others
-            room_down = torch.maximum(slowest, low) - others
+        integral = state.integral + self.ki * error
+        lower, upper = lower.clamp(min=self.lower), upper.clamp(max=self.upper)
+        limited = self.rate_limit < math.inf
+        if limited:
+            lower = torch.maximum(lower, state.output - self.rate_limit)
+            upper = torch.minimum(upper, state.output + self.rate_limit)
+        if self.anti_windup:
             # As far as the limit, and never backwards: plain holding would stop short of it.
-            up = torch.maximum(torch.minimum(integral, room_up), state.integral)
-            down = torch.minimum(torch.maximum(integral, room_down), state.integral)
-            integral = torch.where(error > 0, up, down)
-        integral = integral.clamp(-self.integral_limit, self.integral_limit)
-        demand = proportional + integral + derivative
-        new = state._replace(
-            output=demand.clamp(slowest, fastest).clamp(self.lower, self.upper),
+            integral = integral.clamp(
+                torch.minimum(lower - others, state.integral),
+                torch.maximum(upper - others, state.integral),
+            )
+        if self.integral_limit < math.inf:
+            integral = integral.clamp(-self.integral_limit, self.integral_limit)
+        output = others + integral
+        if limited:
+            output = output.clamp(state.output - self.rate_limit, state.output + self.rate_limit)
+        return state._replace(
+            output=output.clamp(self.lower, self.upper),
             proportional=proportional,
             integral=integral,
             derivative=derivative,
-            measurement=y,
+            measurement=measurement,
         )
-        return settle(state, new, y, r)

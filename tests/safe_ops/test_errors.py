@@ -93,6 +93,7 @@ CASES: list[tuple[str, Callable[[], object], list[str]]] = [
     ("token-penalty", lambda: token_kl_penalty(X, Y, threshold=0.1), ["ref_log_prob", "(2, 4)"]),
     ("gate-floor", lambda: entropy_gate(X, floor=0.0), ["floor must be positive", "0.0"]),
     ("gate-eps", lambda: entropy_gate(X, floor=2.0, eps=-0.1), ["eps must be positive", "-0.1"]),
+    ("gate-ceiling", lambda: entropy_gate(X, floor=2.0, ceiling=1.0), ["ceiling", "1.0 and 2.0"]),
     ("gate-bounds", lambda: entropy_gate(X, floor=2.0, lower=3.0, upper=1.0),
      ["lower", "upper", "3.0", "1.0"]),
     ("gate-negative", lambda: entropy_gate(X, floor=2.0, lower=-1.0), ["lower", "-1.0"]),

@@ -134,6 +134,47 @@ def test_a_rising_kl_is_penalised_earlier_than_a_level_one():
     assert float(rising.kl_coef) > float(without.kl_coef)
 
 
+def test_the_trend_is_the_slope_of_a_ramp_once_the_long_average_has_seen_it():
+    law = dataclasses.replace(
+        SHORT, trend_weight=1.0, kl_filter=EMA(decay=0.5), kl_long_filter=EMA(decay=0.8)
+    )
+    states = run(law, [0.01 * t for t in range(60)])
+    trends = [float(s.kl_trend) for s in states]
+    assert trends[-1] == pytest.approx(0.01, rel=1e-3)
+    assert float(states[-1].kl_lead) == pytest.approx(0.05, rel=1e-3)
+    # It starts at 0 and grows into the slope: no kick from two noisy neighbours.
+    assert trends == sorted(trends)
+    assert trends[0] == 0
+
+
+def test_trend_by_hand():
+    # d = 0.5: 1, then (0.5*1.6 + 0.25*1)/0.75; d = 0.8: (0.2*1.6 + 0.16*1)/0.36; lags 1 and 4.
+    law = dataclasses.replace(
+        SHORT, trend_weight=0.25, kl_filter=EMA(decay=0.5), kl_long_filter=EMA(decay=0.8)
+    )
+    state = run(law, [1.0, 1.6])[-1]
+    short, long = 1.05 / 0.75, 0.48 / 0.36
+    assert float(state.kl_trend) == pytest.approx((short - long) / 3, rel=1e-4)
+    rate = 0.75 * (short - 1.0) / 3 + 0.25 * (short - long) / 3
+    assert float(state.kl_lead) == pytest.approx(5 * rate, rel=1e-4)
+    assert float(state.kl_coef) == pytest.approx(2 * (short + 5 * rate - 0.45), rel=1e-4)
+
+
+def test_parts_that_are_off_stay_as_they_began():
+    state = run(SHORT, [0.1, 0.9, 0.5])[-1]
+    assert int(state.kl_long_filter.step) == int(state.kl_integral.step) == 0
+    assert float(state.kl_trend) == float(state.kl_offset) == 0.0
+
+
+def test_gate_answers_to_an_entropy_that_rises():
+    law = dataclasses.replace(SHORT, entropy_floor=1.0, entropy_ceiling=3.0, gate_upper=2.0)
+    entropies = [0.9, 2.0, 2.9, 4.4, 5.9, 50.0]
+    gates = [float(s.entropy_gate) for s in run(law, 0.1, entropies)]
+    assert gates == pytest.approx([1.0, 0.7, 1.0, 1.5, 2.0, 2.0])
+    without = dataclasses.replace(law, entropy_ceiling=math.inf)
+    assert float(run(without, [0.1], 50.0)[-1].entropy_gate) == 0.5
+
+
 def test_a_falling_kl_has_no_lead():
     assert float(run(SHORT, [1.0, 0.8, 0.6])[-1].kl_lead) == 0.0
 
@@ -289,6 +330,12 @@ def test_with_integral_action_the_kl_settles_at_its_threshold():
         ({"threshold_lower": 0.0}, "must be positive and in order"),
         ({"threshold_rate": 0.0}, "threshold_rate must be positive"),
         ({"entropy_floor": math.nan}, "entropy_floor must be positive"),
+        ({"entropy_ceiling": 1.5}, "entropy_ceiling must not be below entropy_floor, got 1.5 and"),
+        ({"trend_weight": 1.5}, r"trend_weight must be in \[0, 1\], got 1.5"),
+        (
+            {"trend_weight": 0.5, "kl_long_filter": EMA(decay=0.7)},
+            "kl_long_filter must be slower than kl_filter, got decays 0.7 and 0.7",
+        ),
         ({"gate_lower": 5.0}, "gate_lower must not exceed gate_upper, got 5.0 and 4.0"),
         ({"pid_authority": 0.0}, "pid_authority must be positive"),
         ({"target_velocity": math.nan}, "target_velocity must be finite"),

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import math
 import pickle
+import resource
 
 import hypothesis.strategies as st
 import pytest
@@ -18,6 +19,8 @@ from safe_ops.controllers import (
     EntropyGatedKL,
     Momentum,
     Phase,
+    PIDLagrangian,
+    TrustRegion,
     flatten_state,
 )
 
@@ -25,6 +28,9 @@ SHORT = EntropyGatedKL(
     momentum=Momentum(window=3),
     velocity=Momentum(window=2),
     kl_integral=PID(ki=0.1, lower=0.0, upper=0.2),
+    trend_weight=0.5,
+    entropy_floor=0.5,
+    entropy_ceiling=0.9,
     phases=Phase(warm_up=4, window=3, dwell=2),
 )
 GATED = ("kl", "entropy", "reward")
@@ -34,6 +40,8 @@ LAWS = {
     "pid": (PID(kp=0.5, ki=0.1, kd=0.2, lower=-1.0, upper=1.0, rate_limit=0.3), ("measurement",)),
     "phase": (Phase(warm_up=4, window=3, dwell=2), ("reward",)),
     "adaptive_kl": (AdaptiveKL(), ("kl",)),
+    "pid_lagrangian": (PIDLagrangian(limit=0.6, kd=0.2, upper=1.0, rate_limit=0.3), ("cost",)),
+    "trust_region": (TrustRegion(limit=0.5, growth=1.5, filter=EMA(decay=0.5)), ("step_kl",)),
     "entropy_gated": (SHORT, GATED),
     "entropy_gated_paper": (EntropyGatedKL.paper(), GATED),
 }
@@ -161,6 +169,15 @@ def test_save_load_continue_is_uninterrupted(law, names, tmp_path):
 
 
 @every_law
+def test_update_never_waits_for_the_device(law, names):
+    # On the meta device a value cannot be read: .item(), bool() and indexing by a tensor all raise.
+    controller = Controller(law).to("meta")
+    state = controller(**{name: torch.tensor(0.5, device="meta") for name in names})
+    for name, leaf in flatten_state(state).items():
+        assert leaf.device.type == "meta", name
+
+
+@every_law
 @pytest.mark.parametrize("cast", ["bfloat16", "half", "double"])
 def test_a_cast_leaves_the_state(law, names, cast):
     controller = Controller(law)
@@ -217,3 +234,72 @@ def test_wrong_measurements_are_named(law, names):
         with pytest.raises(TypeError, match=rf"{kind}.*\b{name}s\b"):
             target(**good | {f"{name}s": 0.5})
     assert int(controller.state.step) == 0
+
+
+@pytest.mark.slow
+@every_law
+def test_a_hundred_thousand_updates_of_bad_data_leave_the_law_sound(law, names):
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(100_000, len(names), generator=generator) * 3
+    bad = torch.rand(values.shape, generator=generator)
+    values[bad < 0.025] = torch.nan
+    values[(bad >= 0.025) & (bad < 0.05)] = torch.inf
+    state, memory = law.init(), 0
+    for t, row in enumerate(values.tolist()):
+        state = law.update(state, **dict(zip(names, row, strict=True)))
+        if t % 100 == 0:
+            for name, leaf in flatten_state(state).items():
+                assert leaf.isfinite().all(), (t, name)
+            assert_within_clamps(law, state)
+        if t == 10_000:
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    clean = int(torch.tensor(values).isfinite().all(1).sum())
+    assert (int(state.step), int(state.non_finite)) == (clean, 100_000 - clean)
+    # Kibibytes; a leak of one state an update would be some 500 MiB.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 20_000
+    # After the last bad value it acts again within one update.
+    state = law.update(state, **dict.fromkeys(names, math.nan))
+    good = law.update(state, **dict.fromkeys(names, 2.5))
+    assert int(good.step) == int(state.step) + 1
+    assert any(
+        not torch.equal(a, b)
+        for name, a, b in zip(
+            flatten_state(good),
+            flatten_state(good).values(),
+            flatten_state(state).values(),
+            strict=True,
+        )
+        if name.split("__")[-1] not in ("step", "non_finite")
+    )
+
+
+def assert_within_clamps(law, state):
+    if isinstance(law, EntropyGatedKL):
+        assert law.threshold_lower <= float(state.kl_threshold) <= law.threshold_upper
+        assert law.gate_lower <= float(state.entropy_gate) <= law.gate_upper
+        assert float(state.kl_coef) >= 0
+    elif isinstance(law, PID):
+        assert law.lower <= float(state.output) <= law.upper
+    elif isinstance(law, AdaptiveKL):
+        assert law.lower * 0.999 <= float(state.coef) <= law.upper * 1.001
+    elif isinstance(law, PIDLagrangian):
+        assert 0 <= float(state.multiplier) <= law.upper
+    elif isinstance(law, TrustRegion):
+        assert 0 <= float(state.scale) <= 1
+
+
+@pytest.mark.slow
+def test_compiled_for_real_is_eager_over_a_thousand_updates():
+    eager, inner = Controller(SHORT), Controller(SHORT)
+    torch.compiler.reset()
+    compiled = torch.compile(inner, fullgraph=True)
+    measured = stream(GATED, 1000)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for t, m in enumerate(measured):
+        compiled(**m)
+        eager(**m)
+        if t % 50 == 0:
+            for name, a in flatten_state(eager.state).items():
+                b = flatten_state(inner.state)[name]
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=f"{t} {name}")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
