@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +54,10 @@ def load_policy(config: Config) -> Policy:
         target_modules=list(config.lora_targets),
         task_type="CAUSAL_LM",
     )
-    peft_model = get_peft_model(model, adapters)
+    with warnings.catch_warnings():
+        # A name that transformers has changed and peft still reads; nothing a user can act on.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+        peft_model = get_peft_model(model, adapters)
     # Dropout off throughout: with it the importance ratio differs from 1 before any update.
     peft_model.eval()
     eos = model.generation_config.eos_token_id if model.generation_config else None

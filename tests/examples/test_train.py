@@ -12,11 +12,6 @@ from examples.lm_rlhf.config import short_run_law, tiny
 from safe_rl.monitoring import RunLog
 from tests.tiny_models import save_language_model, save_reward_model
 
-pytestmark = [
-    # transformers warns of its own renaming when peft wraps a model.
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
-]
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
