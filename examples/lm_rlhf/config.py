@@ -99,7 +99,7 @@ def smollm2_135m() -> Config:
         # The default system message is 24 tokens of every prompt's 40, all of them work for the
         # CPU. Prompts of at most 24 tokens and responses of 24 fill whole row tiles.
         system_message="Be brief.",
-        steps=36,
+        steps=30,
         policy_learning_rate=3e-4,
         kl_decay=0.9,
         kl_law=short_run_law(),

@@ -104,6 +104,10 @@ def train(config: Config, output: Path, *, resume: bool) -> Path:
     """Run until ``config.steps`` updates are done or Ctrl-C; returns the report's path."""
     torch.manual_seed(config.seed)
     torch.set_num_threads(config.threads)
+    # Before the first parallel work, whose threads inherit it. Softmax over a large vocabulary is
+    # full of numbers below 1e-38, with which a CPU computes many times slower: sampling took 3.7
+    # times as long, an update 2.2 times.
+    torch.set_flush_denormal(True)
     accelerator = Accelerator()
     device = accelerator.device
     folder = RunFolder(output, config, resume=resume)
