@@ -253,7 +253,7 @@ def test_a_hundred_thousand_updates_of_bad_data_leave_the_law_sound(law, names):
             assert_within_clamps(law, state)
         if t == 10_000:
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    clean = int(torch.tensor(values).isfinite().all(1).sum())
+    clean = int(values.isfinite().all(1).sum())
     assert (int(state.step), int(state.non_finite)) == (clean, 100_000 - clean)
     # Kibibytes; a leak of one state an update would be some 500 MiB.
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 20_000
