@@ -288,6 +288,8 @@ def assert_within_clamps(law, state):
         assert 0 <= float(state.scale) <= 1
 
 
+# The backend of torch itself still scripts a method.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.slow
 def test_compiled_for_real_is_eager_over_a_thousand_updates():
     eager, inner = Controller(SHORT), Controller(SHORT)
