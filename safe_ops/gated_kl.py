@@ -44,7 +44,7 @@ def entropy_gate(
         >>> entropy_gate(torch.tensor([0.0, 1.9, 8.0]), floor=2.0)
         tensor([4.0000, 1.0000, 0.5000])
         >>> entropy_gate(torch.tensor([1.9, 2.9, 5.9]), floor=2.0, ceiling=3.0)
-        tensor([1.0000, 1.0000, 2.0000])
+        tensor([1., 1., 2.])
     """
     if not floor > 0:
         raise ValueError(f"floor must be positive, got {floor}")

@@ -71,12 +71,12 @@ class Momentum:
 
     def propose(self, state: MomentumState, value: Tensor) -> MomentumState:
         """``update`` without the refusal: for a law that holds this one and refuses for it."""
-        slot = state.step % self.window
+        slot = (state.step % self.window).view(1)
         history = torch.where(state.step == 0, value, state.history)
         # Not history[slot]: indexing with a 0-d tensor waits for the device.
-        past = history.take(slot)
+        past = history.index_select(0, slot).squeeze(0)
         return state._replace(
             momentum=(value - past) / self.window,
             past=past,
-            history=history.index_copy(0, slot.view(1), value.view(1)),
+            history=history.index_copy(0, slot, value.view(1)),
         )
