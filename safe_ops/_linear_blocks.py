@@ -1,0 +1,244 @@
+"""What the ops on hidden states share: checks, rows that count, blocks of the vocabulary.
+
+An op walks over chunks of the rows that count and, for each, over blocks of the vocabulary; the
+only buffer that grows with the vocabulary is one tile, [rows of the chunk, entries of the block].
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from safe_ops.compilation import compiled_body
+
+BLOCK_SIZE = 4096
+"""Entries of the vocabulary in a block. A constant, so that a token's sums are always taken in the
+same order, whatever the number of tokens."""
+
+TILE_BYTES = 2**24
+"""Of the tile of logits, and of a chunk's hidden states."""
+
+ROW_TILE = 16
+"""Rows. A matrix product of fewer rows, or of a number that 4 does not divide, may round some rows
+in another way. Chunks are filled up with zeros to a multiple, so that a row's result depends
+neither on its place nor on which other rows count."""
+
+NEVER = {torch.float32: -200.0, torch.float64: -1000.0}
+"""exp of it is 0; stands for log 0 of a banned token, since 0 * -inf is nan."""
+
+
+class RowChunk(NamedTuple):
+    """Rows that are worked on together: where they are, how many, and how many with filling."""
+
+    rows: Tensor | slice
+    count: int
+    padded: int
+
+    def take(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """[padded, ...], zeros at the end."""
+        picked = x[self.rows]
+        if self.count == self.padded:
+            return picked.to(dtype)
+        filled = torch.zeros(self.padded, *x.shape[1:], dtype=dtype, device=x.device)
+        filled[: self.count] = picked
+        return filled
+
+    def put(self, target: Tensor, x: Tensor) -> None:
+        """Write [padded, ...] to its rows of the target, without the filling."""
+        target[self.rows] = x[: self.count].to(target.dtype)
+
+
+def check_arguments(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    names: tuple[str, str] = ("hidden", "weight"),
+    temperature: float,
+    block_size: int | None,
+    mask: Tensor | None,
+) -> None:
+    """Shapes, dtypes and hyper-parameters that every op on hidden states has."""
+    hidden_name, weight_name = names
+    for name, x in ((hidden_name, hidden), (weight_name, weight)):
+        if not x.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {x.dtype}")
+    if hidden.ndim < 1 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{hidden_name} must be [..., H] and {weight_name} [V, H], "
+            f"got {hidden_name} {tuple(hidden.shape)} and {weight_name} {tuple(weight.shape)}"
+        )
+    if weight.shape[0] == 0:
+        raise ValueError(f"{weight_name} must have a vocabulary, got {tuple(weight.shape)}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    if block_size is not None and block_size < 1:
+        raise ValueError(f"block_size must be at least 1, got {block_size}")
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask must be bool (True = counts), got {mask.dtype}")
+    if mask.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"mask must have the shape of {hidden_name} without its last dimension, "
+            f"got mask {tuple(mask.shape)} and {hidden_name} {tuple(hidden.shape)}"
+        )
+
+
+def check_tokens(hidden: Tensor, tokens: Tensor) -> None:
+    """Chosen tokens: int64 ids, one for each hidden state."""
+    if tokens.dtype != torch.int64:
+        raise ValueError(f"tokens must be int64 ids, got {tokens.dtype}")
+    if tokens.shape != hidden.shape[:-1]:
+        raise ValueError(
+            "tokens must have the shape of hidden without its last dimension, "
+            f"got tokens {tuple(tokens.shape)} and hidden {tuple(hidden.shape)}"
+        )
+
+
+def check_range(tokens: Tensor, mask: Tensor | None, vocabulary: int) -> None:
+    """Ids that count lie in the vocabulary. On an accelerator the check does not wait."""
+    wrong = (tokens < 0) | (tokens >= vocabulary)
+    if mask is not None:
+        wrong &= mask
+    if tokens.device.type != "cpu":
+        torch._assert_async(~wrong.any(), f"tokens must be in [0, {vocabulary})")
+    elif wrong.any():
+        first = tokens[wrong][0].item()
+        raise ValueError(f"tokens must be in [0, V) with V = {vocabulary} of weight, got {first}")
+
+
+def arithmetic_dtype(*tensors: Tensor) -> torch.dtype:
+    """float32, or float64 where an input is."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """What the products multiply: the higher dtype of the two."""
+    return torch.promote_types(hidden.dtype, weight.dtype)
+
+
+def row_chunks(
+    hidden: Tensor, mask: Tensor | None, block_size: int, *, rows: int | None = None
+) -> Iterator[RowChunk]:
+    """The rows that count, as many at a time as the tile has room for."""
+    if rows is None:
+        width = max(block_size, hidden.shape[1])
+        rows = max(TILE_BYTES // (4 * width) // ROW_TILE, 1) * ROW_TILE
+    if mask is None:
+        total = hidden.shape[0]
+        pieces = [slice(i, min(i + rows, total)) for i in range(0, total, rows)]
+        sizes = [piece.stop - piece.start for piece in pieces]
+    else:
+        kept = mask.nonzero().squeeze(1)
+        pieces = kept.split(rows) if len(kept) else []
+        sizes = [len(piece) for piece in pieces]
+    for piece, count in zip(pieces, sizes, strict=True):
+        yield RowChunk(piece, count, -(-count // ROW_TILE) * ROW_TILE)
+
+
+class Tile:
+    """A buffer for one block of logits of one chunk, made once for all of them."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, rows: int, block_size: int) -> None:
+        self.dtype = product_dtype(hidden, weight)
+        # The products of half-precision inputs are summed in float32. CUDA can hand these sums
+        # out; a CPU can only round them, as the model's own head does.
+        self.logits_dtype = self.dtype
+        self.keeps_sums = hidden.device.type == "cuda" and self.dtype.itemsize == 2
+        if self.keeps_sums:
+            self.logits_dtype = torch.float32
+        size = rows * min(block_size, weight.shape[0])
+        self._flat = torch.empty(size, dtype=self.logits_dtype, device=hidden.device)
+
+    def logits(self, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """[rows, entries]: states [rows, H] times weight [entries, H], plus bias [entries]."""
+        shape = states.shape[0], weight.shape[0]
+        z = self._flat[: shape[0] * shape[1]].view(shape)
+        if self.keeps_sums:
+            torch.mm(states, weight.t(), out_dtype=torch.float32, out=z)
+        else:
+            torch.mm(states, weight.t(), out=z)
+        return z if bias is None else z.add_(bias)
+
+
+def vocabulary_blocks(weight: Tensor, block_size: int) -> Iterator[slice]:
+    """Slices of the vocabulary, in order."""
+    for start in range(0, weight.shape[0], block_size):
+        yield slice(start, min(start + block_size, weight.shape[0]))
+
+
+def add_product(target: Tensor, a: Tensor, b: Tensor) -> None:
+    """target += a @ b, in the dtype of the target; the product in that of b."""
+    a = a.to(b.dtype)
+    if target.dtype == b.dtype:
+        target.addmm_(a, b)
+    else:
+        target.add_(torch.mm(a, b))
+
+
+def write_product(target: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """Like ``add_product``; the first time the target is written without being read."""
+    if not first:
+        add_product(target, a, b)
+    elif target.dtype == b.dtype:
+        torch.mm(a.to(b.dtype), b, out=target)
+    else:
+        target.copy_(torch.mm(a.to(b.dtype), b))
+
+
+@compiled_body
+def absorb_block(
+    z: Tensor, inverse_temperature: Tensor, shift: Tensor, total: Tensor, weighted: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of the online sums over a row: m = max x, s = sum e^(x-m), u = sum e^(x-m) (x-m)."""
+    x = z.to(shift.dtype) * inverse_temperature
+    never = -200.0 if shift.dtype == torch.float32 else -1000.0
+    higher = torch.maximum(shift, x.amax(1))
+    below = (x - higher.unsqueeze(1)).clamp_min(never)
+    e = below.exp()
+    moved = (shift - higher).clamp_min(never)
+    scale = moved.exp()
+    return (
+        higher,
+        total * scale + e.sum(1),
+        (weighted + total * moved) * scale + (e * below).sum(1),
+    )
+
+
+@compiled_body
+def turn_into_slopes(
+    z: Tensor,
+    inverse_temperature: Tensor,
+    shift: Tensor,
+    log_total: Tensor,
+    constant: Tensor,
+    slope: Tensor,
+) -> None:
+    """z becomes p (constant + slope log p), in place."""
+    x = z.to(shift.dtype) * inverse_temperature
+    never = -200.0 if shift.dtype == torch.float32 else -1000.0
+    log_p = (x - shift.unsqueeze(1)).clamp_min(never) - log_total.unsqueeze(1)
+    z.copy_(log_p.exp() * (constant.unsqueeze(1) + slope.unsqueeze(1) * log_p))
+
+
+def sum_start(chunk: RowChunk, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """m, s and u before the first block; m is the lowest number, since inf - inf is nan."""
+    lowest = torch.full((chunk.padded,), torch.finfo(dtype).min, device=device, dtype=dtype)
+    return [lowest, torch.zeros_like(lowest), torch.zeros_like(lowest)]
+
+
+def empty_grads(inputs: tuple[Tensor, ...], needed: list[bool]) -> list[Tensor]:
+    """Room for each gradient that is needed; an op cannot return None, so empty for the others.
+
+    Rows that no chunk writes (they are masked) are 0.
+    """
+    return [
+        torch.zeros_like(x, memory_format=torch.contiguous_format) if need else x.new_empty(0)
+        for x, need in zip(inputs, needed, strict=True)
+    ]
+
+
+def only_needed(grads: tuple[Tensor, ...], needed: list[bool]) -> list[Tensor | None]:
+    """None in the place of each gradient that is not needed."""
+    return [grad if need else None for grad, need in zip(grads, needed, strict=True)]

@@ -1,0 +1,286 @@
+"""Exact divergence from the reference from hidden states and heads; no logits in memory."""
+
+import torch
+from torch import Tensor
+
+from safe_ops import _linear_blocks as blocks
+from safe_ops.compilation import compiled_body
+
+
+def linear_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    *,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    block_size: int | None = None,
+) -> Tensor:
+    """``kl_exact(hidden @ weight.T, ref_hidden @ ref_weight.T)`` at the cost of its products.
+
+        KL = sum_v pi_v (log pi_v - log ref_v)        pi, ref = softmax(logits / temperature)
+
+    Two tiles of at most 16 MiB are in memory, never the logits; the backward makes them again. A
+    row that ``mask`` leaves out is not multiplied; what is frozen, usually the reference, costs no
+    gradient product. Products and rounding are those of ``linear_log_probs``.
+
+    Args:
+        hidden: [..., H], of the policy, before its head.
+        weight: [V, H], of its head.
+        ref_hidden: [..., H'], of the reference.
+        ref_weight: [V, H'].
+        mask: bool [...], True = counts; None: all count.
+        temperature: Of the sampling; divides both logits. Positive.
+        block_size: Entries of the vocabulary that are worked on together; None: 4096.
+
+    Returns:
+        [...], nats per token, float32 (float64 where an input is); 0 where ``mask`` is False;
+        differentiable once in all four tensors.
+
+    Raises:
+        ValueError: shapes or dtypes disagree, ``temperature`` or ``block_size`` is not positive.
+
+    Example:
+        >>> weight = torch.zeros(4, 3)
+        >>> linear_kl(torch.ones(1, 3), weight, torch.ones(1, 3), weight)
+        tensor([0.])
+    """
+    blocks.check_arguments(
+        hidden, weight, temperature=temperature, block_size=block_size, mask=mask
+    )
+    blocks.check_arguments(
+        ref_hidden,
+        ref_weight,
+        names=("ref_hidden", "ref_weight"),
+        temperature=temperature,
+        block_size=block_size,
+        mask=None,
+    )
+    if hidden.shape[:-1] != ref_hidden.shape[:-1]:
+        raise ValueError(
+            "hidden and ref_hidden must agree but for their last dimension, "
+            f"got {tuple(hidden.shape)} and {tuple(ref_hidden.shape)}"
+        )
+    if weight.shape[0] != ref_weight.shape[0]:
+        raise ValueError(
+            "weight and ref_weight must have one vocabulary, "
+            f"got {tuple(weight.shape)} and {tuple(ref_weight.shape)}"
+        )
+    kl, *_ = _forward(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        ref_hidden.reshape(-1, ref_hidden.shape[-1]),
+        ref_weight,
+        None if mask is None else mask.reshape(-1),
+        float(temperature),
+        block_size or blocks.BLOCK_SIZE,
+    )
+    return kl.reshape(hidden.shape[:-1])
+
+
+@compiled_body
+def _absorb_pair(
+    z: Tensor,
+    ref_z: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    total: Tensor,
+    weighted: Tensor,
+    ref_shift: Tensor,
+    ref_total: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One step of m, s, m', s' as for one row, and of u = sum e^(x-m) ((x - m) - (x' - m'))."""
+    x, ref_x = z.to(shift.dtype) * scale, ref_z.to(shift.dtype) * scale
+    never = -200.0 if shift.dtype == torch.float32 else -1000.0
+    higher = torch.maximum(shift, x.amax(1))
+    ref_higher = torch.maximum(ref_shift, ref_x.amax(1))
+    below = (x - higher.unsqueeze(1)).clamp_min(never)
+    ref_below = ref_x - ref_higher.unsqueeze(1)
+    e = below.exp()
+    # A token that only the reference bans makes u infinite; one that both ban adds nothing.
+    gap = torch.where(e > 0, e * (below - ref_below), 0.0)
+    moved, ref_moved = shift - higher, ref_shift - ref_higher
+    factor = moved.clamp_min(never).exp()
+    carried = (weighted + total * (moved - ref_moved)) * factor
+    return (
+        higher,
+        total * factor + e.sum(1),
+        torch.where((total > 0) & (factor > 0), carried, 0.0) + gap.sum(1),
+        ref_higher,
+        ref_total * ref_moved.clamp_min(never).exp() + ref_below.clamp_min(never).exp().sum(1),
+    )
+
+
+@compiled_body
+def _turn_pair_into_slopes(
+    z: Tensor,
+    ref_z: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    log_total: Tensor,
+    ref_shift: Tensor,
+    ref_log_total: Tensor,
+    kl: Tensor,
+    grad: Tensor,
+    ref_needed: bool,
+) -> None:
+    """z becomes grad p (log p - log q - kl) and ref_z grad (q - p), in place."""
+    never = -200.0 if shift.dtype == torch.float32 else -1000.0
+    x, ref_x = z.to(shift.dtype) * scale, ref_z.to(shift.dtype) * scale
+    log_p = (x - shift.unsqueeze(1)).clamp_min(never) - log_total.unsqueeze(1)
+    log_q = (ref_x - ref_shift.unsqueeze(1)).clamp_min(never) - ref_log_total.unsqueeze(1)
+    p = log_p.exp()
+    z.copy_(grad.unsqueeze(1) * p * (log_p - log_q - kl.unsqueeze(1)))
+    if ref_needed:
+        ref_z.copy_(grad.unsqueeze(1) * (log_q.exp() - p))
+
+
+@torch.library.custom_op("safe_ops::linear_kl", mutates_args=())
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    block_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The KL, and for each side the highest logit and log sum e^(z - highest)."""
+    dtype = blocks.arithmetic_dtype(hidden, weight, ref_hidden, ref_weight)
+    results = [hidden.new_zeros(hidden.shape[0], dtype=dtype) for _ in range(5)]
+    scale = torch.tensor(1 / temperature, dtype=dtype, device=hidden.device)
+    tiles = None
+    for chunk in blocks.row_chunks(hidden, mask, block_size):
+        tiles = tiles or (
+            blocks.Tile(hidden, weight, chunk.padded, block_size),
+            blocks.Tile(ref_hidden, ref_weight, chunk.padded, block_size),
+        )
+        states = chunk.take(hidden, tiles[0].dtype)
+        ref_states = chunk.take(ref_hidden, tiles[1].dtype)
+        sums = blocks.sum_start(chunk, hidden.device, dtype)
+        sums += [sums[0], sums[1]]
+        for part in blocks.vocabulary_blocks(weight, block_size):
+            z = tiles[0].logits(states, weight[part].to(tiles[0].dtype), None)
+            ref_z = tiles[1].logits(ref_states, ref_weight[part].to(tiles[1].dtype), None)
+            sums = _absorb_pair(z, ref_z, scale, *sums)
+        highest, total, weighted, ref_highest, ref_total = sums
+        log_total, ref_log_total = total.log(), ref_total.log()
+        found = (weighted / total - log_total + ref_log_total, highest, log_total,
+                 ref_highest, ref_log_total)  # fmt: skip
+        for result, x in zip(results, found, strict=True):
+            chunk.put(result, x)
+    return results[0], results[1], results[2], results[3], results[4]
+
+
+@_forward.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    block_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype = blocks.arithmetic_dtype(hidden, weight, ref_hidden, ref_weight)
+    a, b, c, d, e = (hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(5))
+    return a, b, c, d, e
+
+
+@torch.library.custom_op("safe_ops::linear_kl_backward", mutates_args=())
+def _backward(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    block_size: int,
+    results: list[Tensor],
+    grad: Tensor,
+    needed: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the four tensors; an empty tensor for one that is not needed."""
+    dtype = grad.dtype
+    inputs = (hidden, weight, ref_hidden, ref_weight)
+    grads = blocks.empty_grads(inputs, needed)
+    scale = torch.tensor(1 / temperature, dtype=dtype, device=hidden.device)
+    tiles = None
+    for chunk in blocks.row_chunks(hidden, mask, block_size):
+        first = tiles is None
+        tiles = tiles or (
+            blocks.Tile(hidden, weight, chunk.padded, block_size),
+            blocks.Tile(ref_hidden, ref_weight, chunk.padded, block_size),
+        )
+        states = (chunk.take(hidden, tiles[0].dtype), chunk.take(ref_hidden, tiles[1].dtype))
+        kl, shift, log_total, ref_shift, ref_log_total, g = (
+            chunk.take(x, dtype) for x in (*results, grad)
+        )
+        d_states = [
+            torch.zeros_like(x, dtype=dtype) if need else None
+            for x, need in zip(states, needed[::2], strict=True)
+        ]
+        for part in blocks.vocabulary_blocks(weight, block_size):
+            rows = (weight[part].to(tiles[0].dtype), ref_weight[part].to(tiles[1].dtype))
+            z, ref_z = (tiles[i].logits(states[i], rows[i], None) for i in (0, 1))
+            _turn_pair_into_slopes(
+                z,
+                ref_z,
+                scale,
+                shift,
+                log_total,
+                ref_shift,
+                ref_log_total,
+                kl,
+                g * scale,
+                needed[2] or needed[3],
+            )
+            slopes = z, ref_z
+            for i in (0, 1):
+                d = d_states[i]
+                if d is not None:
+                    blocks.add_product(d, slopes[i], rows[i])
+                if needed[2 * i + 1]:
+                    d_weight = grads[2 * i + 1][part]
+                    blocks.write_product(d_weight, slopes[i].t(), states[i], first=first)
+        for target, d in zip(grads[::2], d_states, strict=True):
+            if d is not None:
+                chunk.put(target, d)
+    return grads[0], grads[1], grads[2], grads[3]
+
+
+@_backward.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    block_size: int,
+    results: list[Tensor],
+    grad: Tensor,
+    needed: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    a, b, c, d = blocks.empty_grads((hidden, weight, ref_hidden, ref_weight), needed)
+    return a, b, c, d
+
+
+def _keep(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.temperature, ctx.block_size = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _differentiate(ctx, grad: Tensor, *_: Tensor) -> tuple:
+    hidden, weight, ref_hidden, ref_weight, mask, *results = ctx.saved_tensors
+    needed = list(ctx.needs_input_grad[:4])
+    grads = _backward(
+        hidden, weight, ref_hidden, ref_weight, mask, ctx.temperature, ctx.block_size,
+        results, grad, needed,
+    )  # fmt: skip
+    return *blocks.only_needed(grads, needed), None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_keep)
