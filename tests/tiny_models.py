@@ -42,10 +42,12 @@ def llama_config(vocabulary: int) -> LlamaConfig:
     )
 
 
-def save_language_model(folder: Path) -> Path:
-    """A causal language model and its tokenizer."""
+def save_language_model(folder: Path, *, chat: bool = False) -> Path:
+    """A causal language model and its tokenizer; ``chat`` gives it a template."""
     torch.manual_seed(0)
     words = tokenizer()
+    if chat:
+        words.chat_template = "{% for turn in messages %}{{ turn.content }} {% endfor %}"
     LlamaForCausalLM(llama_config(len(words))).save_pretrained(folder)
     words.save_pretrained(folder)
     return folder

@@ -1,0 +1,165 @@
+"""The example loop on two processes, started as its user starts it."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import nn
+from torch.testing import assert_close
+
+from examples.lm_rlhf import train as example
+from examples.lm_rlhf.config import smollm2_135m
+from examples.lm_rlhf.models import load_policy
+from safe_rl import CausalLMActorCritic, SAFELoss, SoftMinCritic
+from safe_rl.checkpoints import TrainableParameters
+from safe_rl.monitoring import RunLog
+from tests.tiny_models import save_language_model
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+SIZES = ["--batch-size", "4", "--minibatch-size", "2", "--max-new-tokens", "8"]
+
+
+class Runs(NamedTuple):
+    """Three updates at once, and two with the third after a resume; by two ranks each."""
+
+    model: Path
+    arguments: list[str]
+    whole: Path
+    cut: Path
+
+
+def two_ranks(output: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "-m", "tests.examples.watched_train"]
+    command += [str(output.with_name(output.name + "-ranks")), "--output", str(output), *arguments]
+    settings = {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    folder = tmp_path_factory.mktemp("two_ranks")
+    # The demo's config begins every chat with a system message, so the model needs a template.
+    model = save_language_model(folder / "model", chat=True)
+    prompts = folder / "prompts.txt"
+    prompts.write_text("tell me about a day\na rainy meeting\na good street\nlove\nbad day\n")
+    arguments = ["--model", str(model), "--prompts", str(prompts), *SIZES]
+    for output, *more in (
+        ("whole", "--steps", "3"),
+        ("cut", "--steps", "2"),
+        ("cut", "--steps", "3", "--resume"),
+    ):
+        done = two_ranks(folder / output, *arguments, *more)
+        assert done.returncode == 0, done.stderr
+    return Runs(model, arguments, folder / "whole", folder / "cut")
+
+
+def held(output: Path, rank: int, what: str) -> Any:
+    """What a rank wrote while it ran."""
+    folder = output.with_name(output.name + "-ranks")
+    return torch.load(folder / f"rank{rank}_{what}.pt", weights_only=True)
+
+
+def updates(output: Path) -> list[str]:
+    lines = (output / "log.jsonl").read_text().splitlines()
+    return [line for line in lines if '"record": "update"' in line]
+
+
+def test_the_run_leaves_one_log_and_a_report(runs: Runs) -> None:
+    records = [r for r in RunLog.read(runs.whole / "log.jsonl") if r["record"] == "update"]
+    assert [record["step"] for record in records] == [0, 1, 2]
+    assert records[0]["ratio_first"] == 1.0
+    assert records[0]["kl_nats_per_token"] == 0.0
+    assert records[-1]["kl_nats_per_token"] != 0.0
+    timing = RunLog.read(runs.whole / "timing.jsonl")
+    assert [record["step"] for record in timing] == [0, 1, 2]
+    names = {path.name for path in runs.whole.iterdir()}
+    assert names == {"checkpoint.pt", "log.jsonl", "timing.jsonl", "report.html", "report.png"}
+
+
+def test_both_ranks_hold_the_same_weights_and_controller(runs: Runs) -> None:
+    for step in (0, 3):
+        first, second = (held(runs.whole, rank, f"step{step}") for rank in range(2))
+        assert_close(first, second, rtol=0, atol=0)
+    assert int(first["controller"]["step"]) == 3
+    start = held(runs.whole, 0, "step0")
+    assert any(
+        (first["adapters"][name] != start["adapters"][name]).any() for name in start["adapters"]
+    )
+
+
+def test_the_ranks_draw_different_tokens(runs: Runs) -> None:
+    first, second = (held(runs.whole, rank, "piece") for rank in range(2))
+    assert (first["tokens"]["response"] != second["tokens"]["response"]).any()
+    for key in ("kl_coef", "entropy_gate", "response_tokens_mean"):
+        assert_close(first[key], second[key], rtol=0, atol=0)
+
+
+def test_stopped_and_resumed_equals_uninterrupted(runs: Runs) -> None:
+    assert updates(runs.cut) == updates(runs.whole)
+    for rank in range(2):
+        assert_close(held(runs.cut, rank, "step3"), held(runs.whole, rank, "step3"), rtol=0, atol=0)
+    whole, cut = (
+        torch.load(output / "checkpoint.pt", weights_only=True)["parts"]["random"]["ranks"]
+        for output in (runs.whole, runs.cut)
+    )
+    assert len(whole) == 2
+    assert_close(whole, cut, rtol=0, atol=0)
+    assert (whole[0]["torch"] != whole[1]["torch"]).any()
+
+
+def test_the_first_gradient_is_that_of_one_process_on_both_shares(runs: Runs) -> None:
+    pieces = [held(runs.whole, rank, "piece") for rank in range(2)]
+    batch = torch.cat([TensorDict(piece, piece["score"].shape) for piece in pieces])
+    assert batch.batch_size == (2,)
+    config = dataclasses.replace(smollm2_135m(), model=str(runs.model))
+    language_model = load_policy(config).language_model
+    critic = SoftMinCritic(16, num_heads=config.critic_heads)
+    start = held(runs.whole, 0, "step0")
+    TrainableParameters(language_model).load_state_dict(start["adapters"])
+    critic.load_state_dict(start["critic"])
+    objective = SAFELoss(
+        CausalLMActorCritic(language_model, critic),
+        clip=config.clip,
+        entropy_coef=config.entropy_coef,
+        value_coef=config.value_coef,
+    )
+    example.total(objective(batch)).backward()
+
+    def check(parameters: list[nn.Parameter]) -> None:
+        expected = [parameter.grad for parameter in parameters]
+        assert any(gradient.abs().max() > 1e-4 for gradient in expected)
+        for rank in range(2):
+            found = held(runs.whole, rank, f"gradients{len(parameters)}")
+            assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+    check([p for p in language_model.parameters() if p.requires_grad])
+    check(list(critic.parameters()))
+
+
+def test_another_number_of_processes_is_refused(runs: Runs, capsys) -> None:
+    before = {path: path.read_bytes() for path in runs.whole.iterdir()}
+    arguments = ["--output", str(runs.whole), *runs.arguments, "--steps", "4", "--resume"]
+    assert example.main(arguments) == 2
+    errors = [ln for ln in capsys.readouterr().err.splitlines() if ln.startswith("error: ")]
+    assert len(errors) == 1
+    assert "saved by 2 processes and has 1 now: resume it with as many" in errors[0]
+    assert {path: path.read_bytes() for path in runs.whole.iterdir()} == before
+
+
+def test_a_minibatch_that_two_ranks_cannot_share_is_refused(runs: Runs) -> None:
+    output = runs.whole.with_name("odd")
+    done = two_ranks(output, *runs.arguments, "--minibatch-size", "1")
+    assert done.returncode != 0
+    assert "error: minibatch_size must be a multiple of the 2 processes, got 1" in done.stderr
+    assert not output.exists()
