@@ -61,14 +61,6 @@ def test_errors_are_those_of_the_naive_op(kind: str, dtype: torch.dtype) -> None
     check_errors(kind, dtype)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["random", "peaked", "flat"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_errors_with_compiled_bodies(kind: str, dtype: torch.dtype) -> None:
-    check_errors(kind, dtype)
-    check_errors(kind, dtype, V=5003, N=65)
-
-
 @PROPERTY
 @given(
     tensors(2, 3, low=-3, high=3), tensors(7, 3, low=-3, high=3), tensors(2, 2, low=-3, high=3),
