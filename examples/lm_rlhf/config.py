@@ -59,7 +59,7 @@ class Config:
     kl_law: EntropyGatedKL = field(default_factory=EntropyGatedKL)
     """Of SAFE."""
     kl_reward_law: AdaptiveKL = field(default_factory=AdaptiveKL)
-    """Of PPO, whose KL is in the reward."""
+    """Of PPO, whose KL is in the reward; a gain of 0 keeps its coefficient fixed."""
 
     checkpoint_every: int = 10
     samples_every: int = 5

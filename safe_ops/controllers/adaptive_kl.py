@@ -34,7 +34,7 @@ class AdaptiveKL:
     Args:
         initial_coef: Before the first update, within the limits.
         target: Nats per token (0.25 is the source's 6 nats over its 24 tokens).
-        gain: Relative change of the coefficient per unit of error and update.
+        gain: Relative change of the coefficient per unit of error and update; 0 keeps it fixed.
         error_limit: Of the relative error.
         lower: Least coefficient; at 0 the law could never leave it.
         upper: Largest coefficient.
@@ -58,7 +58,9 @@ class AdaptiveKL:
     upper: float = 100.0
 
     def __post_init__(self) -> None:
-        for name in ("target", "gain", "error_limit", "lower"):
+        if not self.gain >= 0:
+            raise ValueError(f"gain must not be negative, got {self.gain}")
+        for name in ("target", "error_limit", "lower"):
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be positive and finite, got {value}")

@@ -48,11 +48,20 @@ def test_settles_at_its_target():
     assert 0.1 / float(state.coef) == pytest.approx(0.2, rel=0.01)
 
 
+def test_without_gain_the_coefficient_is_fixed():
+    law = AdaptiveKL(initial_coef=0.2, gain=0.0)
+    state = law.init()
+    for kl in (0.0, 5.0, 1e3):
+        state = law.update(state, kl=kl)
+        assert float(state.coef) == pytest.approx(0.2)
+
+
 @pytest.mark.parametrize(
     ("gains", "message"),
     [
         ({"target": 0.0}, "target must be positive and finite, got 0"),
-        ({"gain": -1.0}, "gain must be positive"),
+        ({"gain": -1.0}, "gain must not be negative, got -1"),
+        ({"gain": float("nan")}, "gain must not be negative, got nan"),
         ({"lower": 0.0}, "lower must be positive"),
         ({"gain": 5.0}, "gain \\* error_limit must be below 1"),
         ({"initial_coef": 200.0}, "initial_coef must be within"),
