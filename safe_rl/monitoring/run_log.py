@@ -1,8 +1,10 @@
 """The log of a run: one strict JSON document per line, appended once per update."""
 
+import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,13 @@ LOG_NAME = "log.jsonl"
 """The log inside a run's folder. It holds no wall-clock quantity: see `RunLog.truncate_to`."""
 TIMING_NAME = "timing.jsonl"
 """Seconds per step go here, since they differ between two otherwise equal runs."""
+
+CHAIN_START = "0" * 64
+"""What the first line's hash goes on from."""
+
+# The hash stands last in its line, at a known distance from the line's end.
+_CHAIN = re.compile(rb', "chain": "([0-9a-f]{64})"}\Z')
+_CHAIN_BYTES = len(', "chain": ""}') + 64
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -38,6 +47,9 @@ class RunLog:
       killed: `read` leaves it out, and the next `write` or `truncate_to` removes it. A malformed
       line anywhere else is an error.
     - The file is open only during a `write`, so there is nothing to close.
+    - Each line ends in ``"chain"``: SHA-256 over the hash of the line before and this line without
+      its own. A line that was edited, added or removed shows, see `safe_rl.monitoring.audit`.
+      `read` leaves the hash out.
 
     Args:
         path: The file, for example ``run/log.jsonl``. It is created, with its folder, by the first
@@ -68,7 +80,7 @@ class RunLog:
 
         Args:
             record: JSON values and 0-d tensors, nested in dicts, lists and tuples. ``"record"`` is
-                a string; ``"step"``, where present, an int.
+                a string; ``"step"``, where present, an int; ``"chain"`` is the log's own.
 
         Returns:
             The record with plain Python values (NaN and infinity as floats), to show elsewhere
@@ -83,12 +95,15 @@ class RunLog:
         step = record.get("step", 0)
         if not isinstance(step, int) or isinstance(step, bool):
             raise ValueError(f"step must be an int, got {step!r}")
+        if "chain" in record:
+            raise ValueError(f"chain is written by the log itself, got {record['chain']!r}")
         plain = _plain(record, "", _fetch(dict(_tensors(record, ""))))
-        line = json.dumps(_strict(plain), allow_nan=False).encode("ascii") + b"\n"
+        content = json.dumps(_strict(plain), allow_nan=False).encode("ascii")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # Unbuffered: one system call, after which a kill of this process cannot lose the line.
         with open(self.path, "ab+", buffering=0) as file:
             _cut_unfinished_line(file)
+            line = link(content, _last_chain(file))
             written = file.write(line)
         if written != len(line):
             raise OSError(f"{self.path}: {written} of {len(line)} bytes written; is the disk full?")
@@ -131,12 +146,48 @@ class RunLog:
             raise ValueError(f"step must not be negative, got {step}")
         if not self.path.exists():
             return 0
-        lines = list(_lines(self.path))
-        kept = [line for line, record in lines if "step" not in record or record["step"] < step]
+        kept: list[bytes] = []
+        dropped, chain = 0, CHAIN_START
+        for line, record in _lines(self.path):
+            if record.get("step", -1) >= step:
+                dropped += 1
+                continue
+            # What stays behind a dropped line hangs on the line before that.
+            kept.append(link(split_chain(line)[0], chain) if dropped else line)
+            chain = split_chain(kept[-1])[1]
         content = b"".join(kept)
         if len(content) != self.path.stat().st_size:
             replace_file(self.path, content)
-        return len(lines) - len(kept)
+        return dropped
+
+
+def link(content: bytes, before: str) -> bytes:
+    """A line of a log: the JSON object with its hash in it.
+
+        chain = SHA-256(chain of the line before, then the object without its chain)
+
+    Args:
+        content: A JSON object, not empty.
+        before: Hash of the line before; ``CHAIN_START`` for the first.
+
+    Example:
+        >>> link(b'{"record": "run"}', CHAIN_START)[:29]
+        b'{"record": "run", "chain": "b'
+    """
+    chain = hashlib.sha256(before.encode("ascii") + content).hexdigest()
+    return content[:-1] + b', "chain": "' + chain.encode("ascii") + b'"}\n'
+
+
+def split_chain(line: bytes) -> tuple[bytes, str]:
+    """Undo `link`: the JSON object and its hash; an empty hash where the line has none.
+
+    Example:
+        >>> split_chain(b'{"record": "run"}\\n')
+        (b'{"record": "run"}', '')
+    """
+    line = line.removesuffix(b"\n")
+    found = _CHAIN.search(line)
+    return (line[: found.start()] + b"}", found[1].decode("ascii")) if found else (line, "")
 
 
 def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
@@ -195,6 +246,7 @@ def _lines(path: Path) -> Iterator[tuple[bytes, Record]]:
             {
                 key: _NON_FINITE.get(value, value) if isinstance(value, str) else value
                 for key, value in record.items()
+                if key != "chain"
             },
         )
 
@@ -208,6 +260,13 @@ def _cut_unfinished_line(file: Any) -> None:
         return
     file.seek(0)
     file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def _last_chain(file: Any) -> str:
+    """Hash of the last line, without reading the file; an unchained log is gone on with anew."""
+    end = file.seek(0, os.SEEK_END)
+    file.seek(max(0, end - _CHAIN_BYTES - 1))
+    return split_chain(file.read())[1] or CHAIN_START
 
 
 def _children(value: Any, path: str) -> Iterator[tuple[str, Any]]:

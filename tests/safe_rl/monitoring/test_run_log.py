@@ -39,8 +39,9 @@ def test_each_line_is_strict_json_even_where_values_are_not_finite(tmp_path):
     def refuse(word):
         raise AssertionError(word)
 
-    line = log.path.read_text("ascii")
-    assert json.loads(line, parse_constant=refuse) == {
+    line = json.loads(log.path.read_text("ascii"), parse_constant=refuse)
+    assert re.fullmatch("[0-9a-f]{64}", line.pop("chain"))
+    assert line == {
         "record": "update",
         "step": 0,
         "reward_mean": 0.0,
@@ -196,6 +197,7 @@ def test_missing_log_is_named(tmp_path):
         ({"step": 1.0}, "step must be an int, got 1.0"),
         ({"step": True}, "step must be an int, got True"),
         ({"record": None}, "must have a string under"),
+        ({"chain": "ab"}, "chain is written by the log itself, got 'ab'"),
     ],
 )
 def test_what_json_cannot_hold_is_refused_by_name_and_nothing_is_written(tmp_path, values, message):
