@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from safe_ops.controllers import EMA, AdaptiveKL, EntropyGatedKL, Momentum, Phase
+from safe_rl.monitoring.monitor import Monitor
 
 PROMPTS = Path(__file__).with_name("prompts.txt")
 ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -60,6 +61,13 @@ class Config:
     """Of SAFE."""
     kl_reward_law: AdaptiveKL = field(default_factory=AdaptiveKL)
     """Of PPO, whose KL is in the reward; a gain of 0 keeps its coefficient fixed."""
+
+    trust_region_limit: float | None = 0.5
+    """Most KL(old || new) of one update, nats per token; None: not measured. The paper's ceiling,
+    and beyond the .1 that updates of the demo reach: it acts on accidents. It costs one more
+    forward over the rollout, half of what scoring costs."""
+    monitor: Monitor = field(default_factory=Monitor)
+    """Detectors, and what each alarm leads to."""
 
     checkpoint_every: int = 10
     samples_every: int = 5

@@ -10,6 +10,7 @@ from typing import Any
 
 from examples.lm_rlhf.config import Config
 from safe_rl.checkpoints import Stateful, load_checkpoint
+from safe_rl.monitoring.audit import audit_log
 from safe_rl.monitoring.run_log import LOG_NAME, TIMING_NAME, RunLog
 
 CHECKPOINT_NAME = "checkpoint.pt"
@@ -26,7 +27,8 @@ class RunFolder:
         resume: Which of the two.
 
     Raises:
-        ValueError: The folder does not fit; nothing in it has been changed.
+        ValueError: The folder does not fit, or a line of its log was edited; nothing in it has
+            been changed.
     """
 
     def __init__(self, path: Path, config: Config, *, resume: bool) -> None:
@@ -40,14 +42,35 @@ class RunFolder:
         elif path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise ValueError(f"output {path} holds something already: use --resume or another")
 
-    def begin(self) -> None:
-        """Make the folder and write the first line of the log."""
+    def begin(self, hashes: Mapping[str, str]) -> None:
+        """Make the folder and write the first line of the log.
+
+        Args:
+            hashes: SHA-256 of what the settings only name: prompts, weights.
+        """
         versions = {name: version(name) for name in PACKAGES}
         versions["python"] = platform.python_version()
-        self.log.write({"record": "run", "settings": self._settings, "versions": versions})
+        self.log.write(
+            {
+                "record": "run",
+                "settings": self._settings,
+                "versions": versions,
+                "hashes": dict(hashes),
+            }
+        )
 
-    def load(self, parts: Mapping[str, Stateful]) -> int:
-        """Give every part its state back; returns the number of updates done."""
+    def load(self, parts: Mapping[str, Stateful], hashes: Mapping[str, str]) -> int:
+        """Give every part its state back; returns the number of updates done.
+
+        Raises:
+            ValueError: prompts or weights are not those that the run began with.
+        """
+        begun = RunLog.read(self.log.path)[0]["hashes"]
+        changed = sorted(name for name in hashes if hashes[name] != begun.get(name))
+        if changed:
+            raise ValueError(
+                f"output {self.path} is a run with other content of: {', '.join(changed)}"
+            )
         return load_checkpoint(self.checkpoint, parts)
 
     def cut_back_to(self, step: int) -> None:
@@ -58,6 +81,7 @@ class RunFolder:
     def _check_same_settings(self) -> None:
         if not self.checkpoint.is_file():
             raise ValueError(f"output {self.path} holds no checkpoint to resume from")
+        audit_log(self.log.path)
         saved, asked = flat(RunLog.read(self.log.path)[0]["settings"]), flat(self._settings)
         changed = sorted(k for k in asked if k != "steps" and asked[k] != saved.get(k))
         if changed:

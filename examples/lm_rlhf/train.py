@@ -26,6 +26,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from examples.lm_rlhf.config import Config, qwen2_5_3b, smollm2_135m
+from examples.lm_rlhf.guard import Guard, RunStoppedError
 from examples.lm_rlhf.models import load_policy, read_prompts, tokenize_prompts
 from examples.lm_rlhf.rewards import classifier_reward, vader_reward
 from examples.lm_rlhf.run_folder import RunFolder
@@ -45,10 +46,12 @@ from safe_rl.causal_lm import CausalLMActorCritic
 from safe_rl.checkpoints import RandomStates, TrainableParameters, save_checkpoint
 from safe_rl.integrations.accelerate import PerRank, any_rank, mean_over_ranks, shard
 from safe_rl.integrations.transformers import Sampler
+from safe_rl.monitoring.audit import file_sha256, frozen_sha256
 from safe_rl.monitoring.progress import RunProgress
 from safe_rl.monitoring.report import write_report
 from safe_rl.monitoring.text_metrics import distinct_ngrams
 from safe_rl.rollouts import left_pad, minibatches, pack_rollout, place_score
+from safe_rl.trust_region import policy_kl
 
 ROW_TILE = 16
 """Rows; the largest tile of the matrix products seen here."""
@@ -101,7 +104,11 @@ class StopRequest:
 
 
 def train(config: Config, output: Path, *, resume: bool) -> Path:
-    """Run until ``config.steps`` updates are done or Ctrl-C; returns the report's path."""
+    """Run until ``config.steps`` updates are done or Ctrl-C; returns the report's path.
+
+    Raises:
+        RunStoppedError: the monitor ended the run; log, checkpoint and report are written.
+    """
     torch.manual_seed(config.seed)
     torch.set_num_threads(config.threads)
     accelerator = Accelerator()
@@ -116,8 +123,12 @@ def train(config: Config, output: Path, *, resume: bool) -> Path:
 
     # The parts.
     policy = load_policy(config)
-    language_model = policy.language_model.to(device)
     prompts = read_prompts(config.prompts)
+    hashes = {
+        "prompts": file_sha256(config.prompts),
+        "frozen_weights": frozen_sha256(policy.language_model),
+    }
+    language_model = policy.language_model.to(device)
     prompt_ids = tokenize_prompts(
         policy, prompts, system_message=config.system_message, room=config.max_new_tokens
     )
@@ -182,25 +193,34 @@ def train(config: Config, output: Path, *, resume: bool) -> Path:
     order = torch.Generator().manual_seed(config.seed)
     prompt_order = PromptOrder(len(prompts), order)
     torch.manual_seed(config.seed + accelerator.process_index)
-    parts = {
+    learnt = {
         "adapters": TrainableParameters(language_model),
         "critic": critic,
         "target_critic": target_critic,
         "optimizer": optimizer,
         "controller": controller,
+    }
+    guard = Guard(
+        config, adapters=adapters, optimizer=optimizer, controller=controller, parts=learnt
+    )
+    parts = learnt | {
+        "interventions": guard.interventions,
+        "last_good": guard.good,
         "prompt_order": prompt_order,
         "random": PerRank(accelerator, RandomStates(order=order)),
     }
 
     # The run's folder: a new one, or one that is taken up again.
     on_main = accelerator.is_main_process
-    start = folder.load(parts) if resume else 0
+    start = folder.load(parts, hashes) if resume else 0
+    guard.apply_factors()
     accelerator.wait_for_everyone()
     if on_main and resume:
         folder.cut_back_to(start)
     elif on_main:
-        folder.begin()
+        folder.begin(hashes)
     if not resume:
+        guard.keep_if_well(start)
         save_checkpoint(folder.checkpoint, start, parts, write=on_main)
 
     progress = RunProgress(config.steps, start, console=Console(quiet=not on_main))
@@ -256,38 +276,50 @@ def train(config: Config, output: Path, *, resume: bool) -> Path:
             # Update.
             progress.stage("updating", config.epochs * config.batch_size // config.minibatch_size)
             seen: dict[str, list[Tensor]] = defaultdict(list)
+            guard.begin()
             for _ in range(config.epochs):
                 for piece in minibatches(batch, size=rows, generator=order):
                     losses = objective(piece)
                     optimizer.zero_grad(set_to_none=True)
-                    accelerator.backward(total(losses))
+                    loss = total(losses)
+                    accelerator.backward(loss)
                     norms = {
                         "gradient_norm_policy": clip(adapters, config.max_gradient_norm),
                         "gradient_norm_value": clip(heads, config.max_gradient_norm),
                     }
-                    optimizer.step()
-                    polyak(target_critic, critic, config.target_critic_polyak)
+                    if guard.may_step(loss, *norms.values()):
+                        optimizer.step()
+                        polyak(target_critic, critic, config.target_critic_polyak)
                     for key, value in [*losses.items(), *norms.items()]:
                         seen[key].append(value.detach())
                     progress.advance()
+            guard.hold(partial(kl_of_update, scorer, batch, rows))
             clock["updating"] = time.perf_counter()
 
             # Log, in the units that the keys name.
             whole = gather_rollout(accelerator, batch)
             ratios = accelerator.gather(torch.stack(seen.pop("ratio_max")))
-            means = {key: torch.stack(values).mean() for key, values in sorted(seen.items())}
+            means = mean_over_ranks(
+                accelerator,
+                {key: torch.stack(values).mean() for key, values in sorted(seen.items())},
+            )
             record = {
                 "record": "update",
                 "step": step,
                 **rollout_record(whole),
                 **controller_record(controller, safe=safe),
-                **mean_over_ranks(accelerator, means),
+                **means,
                 "ratio_max": ratios.max(),
                 "ratio_first": ratios[0],
+                **guard.record(),
             }
+            measured = {key: value[0] for key, value in batch["measurements"].items()}
+            events = guard.observe(step, **measured, value_loss=means["loss_value"])
             last = step + 1 == config.steps
             if on_main:
                 progress.update(folder.log.write(record))
+                for event in events:
+                    progress.event(folder.log.write(event))
                 if step % config.samples_every == 0 or last:
                     samples = [
                         {"prompt": prompts[i], "response": text, "reward": float(score)}
@@ -297,7 +329,10 @@ def train(config: Config, output: Path, *, resume: bool) -> Path:
                     ]
                     folder.log.write({"record": "samples", "step": step, "samples": samples})
             step += 1
-            stopped = any_rank(accelerator, stop.asked)
+            stopped = any_rank(accelerator, stop.asked) or guard.stop_reason is not None
+            # Not at other checkpoints: a run that was stopped must go back to where others would.
+            if step % config.checkpoint_every == 0:
+                guard.keep_if_well(step)
             if step % config.checkpoint_every == 0 or last or stopped:
                 save_checkpoint(folder.checkpoint, step, parts, write=on_main)
             clock["logging"] = time.perf_counter()
@@ -306,6 +341,8 @@ def train(config: Config, output: Path, *, resume: bool) -> Path:
     if on_main:
         write_report(output)
     accelerator.end_training()
+    if guard.stop_reason is not None:
+        raise RunStoppedError(guard.stop_reason)
     return output / "report.html"
 
 
@@ -318,6 +355,12 @@ def score(scorer: nn.Module, batch: TensorDict, size: int) -> TensorDict:
     """Re-score in pieces of the minibatch's size: one shape, so the same sums to the last bit."""
     pieces = batch.select(*scorer.in_keys).split(size)
     return torch.cat([scorer(piece.copy()) for piece in pieces])
+
+
+def kl_of_update(scorer: nn.Module, batch: TensorDict, size: int) -> Tensor:
+    """KL(old || new) on the rollout, with the parameters as they are now."""
+    log_prob = score(scorer, batch, size)["log_prob"]
+    return policy_kl(batch["old_log_prob"], log_prob, mask=batch["response_mask"])
 
 
 def clip(parameters: list[nn.Parameter], limit: float) -> Tensor:
@@ -381,6 +424,10 @@ def controller_record(controller: Controller, *, safe: bool) -> dict[str, object
         "kl_momentum_nats_per_token_per_update": state.kl_momentum,
         "kl_coef": state.kl_coef,
         "kl_penalty": state.kl_penalty,
+        # With the line's other values and the settings, threshold and coefficient follow from:
+        "kl_threshold_shift_nats_per_token": state.threshold_shift,
+        "kl_lead_nats_per_token": state.kl_lead,
+        "kl_offset_nats_per_token": state.kl_offset,
         "entropy_gate": state.entropy_gate,
         "phase": PHASE_NAMES[int(state.phase)],
         "non_finite": state.non_finite,
@@ -428,7 +475,7 @@ def parse(argv: list[str] | None) -> tuple[Config, Path, bool]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 2 with one line about what was wrong with the input."""
+    """Exit code 0; 2 with a line about what was wrong with the input; 3: the monitor stopped it."""
     # Hubs are asked only for what a folder does not hold; progress bars of loading are noise.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Before the first parallel work, whose threads inherit it. Softmax over a large vocabulary is
@@ -441,6 +488,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RunStoppedError as stopped:
+        print(f"stopped: {stopped}", file=sys.stderr)
+        return 3
     finally:
         torch.set_flush_denormal(False)
     print(f"report: {report}")

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
@@ -29,6 +31,7 @@ _PHASE_COLOURS = {
     "converged": _GREEN,
     "plateau": _YELLOW,
 }
+_EVENT_LINE: dict[str, Any] = {"color": _PURPLE, "linewidth": 1.1, "linestyle": (0, (1, 1.5))}
 _FEW_UPDATES = 12  # up to here each update gets a marker; a lone point would have no line
 
 
@@ -142,12 +145,13 @@ def draw_run(
     settings: Mapping[str, Any] | None = None,
     title: str = "",
     dark: bool = False,
+    events: Sequence[Record] = (),
 ) -> Figure:
     """Draw the run: reward, KL and threshold, entropy and gate, value loss, text, policy step.
 
     Panels whose keys are absent from every record are left out. Values that are not finite leave
-    a gap. Phases are a coloured strip along the top of each panel. Only this `Figure` is touched,
-    never pyplot's state.
+    a gap. Phases are a coloured strip along the top of each panel, events a dotted line through it.
+    Only this `Figure` is touched, never pyplot's state.
 
     Args:
         updates: Update records of a `RunLog`, in order.
@@ -155,6 +159,7 @@ def draw_run(
             token, become the clamp lines of the KL panel.
         title: Line above the panels.
         dark: Light curves on a dark ground.
+        events: Event records of the log.
 
     Returns:
         A figure; with no update it says so.
@@ -181,6 +186,7 @@ def draw_run(
     grid = figure.add_gridspec(rows, columns)
     steps = [float(update.get("step", place)) for place, update in enumerate(updates)]
     phases = [str(update.get("phase") or "") for update in updates]
+    marked = sorted({float(event["step"]) for event in events})
     for place, panel in enumerate(panels):
         axes = _split(figure, grid[divmod(place, columns)], panel, updates, any(phases))
         if "phases" in axes:
@@ -188,6 +194,8 @@ def draw_run(
         for name, lines in (("main", panel.main), ("below", panel.below)):
             if name in axes:
                 _draw_lines(axes[name], steps, updates, lines, theme)
+                for step in marked:
+                    axes[name].axvline(step, **_EVENT_LINE)
         if "main" in axes:
             if panel.clamps:
                 _draw_clamps(axes["main"], settings or {}, theme)
@@ -195,11 +203,14 @@ def draw_run(
                 _maybe_log(axes["main"])
         _style(axes, panel, steps, theme)
     names = [name for name in dict.fromkeys(phases) if name]
-    if names:
+    handles: list[Artist] = [Patch(color=_phase_colour(n), label=_words(n)) for n in names]
+    if marked:
+        handles.append(Line2D([], [], label="event", **_EVENT_LINE))
+    if handles:
         figure.legend(
-            handles=[Patch(color=_phase_colour(name), label=_words(name)) for name in names],
+            handles=handles,
             loc="outside lower left",
-            ncols=len(names),
+            ncols=len(handles),
             frameon=False,
             labelcolor=theme.quiet,
             fontsize=9,
@@ -298,7 +309,8 @@ def _draw_clamps(axes: Axes, settings: Mapping[str, Any], theme: _Theme) -> None
 
 def _maybe_log(axes: Axes) -> None:
     """Use a logarithmic axis where a curve spans so much that a linear one would hide its end."""
-    values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axes.lines])
+    curves = [line for line in axes.lines if not str(line.get_label()).startswith("_")]
+    values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in curves])
     values = values[np.isfinite(values)]
     if values.size and values.min() > 0 and values.max() / values.min() > 50:
         axes.set_yscale("log")

@@ -128,6 +128,18 @@ class RunProgress:
         else:
             self._measurements = Text("  ".join(fields))
 
+    def event(self, record: Record) -> None:
+        """Show an event's line above the bars.
+
+        Args:
+            record: An event record.
+        """
+        line = f"  {record['detector']}: {record['reason']} -> {record['action']}"
+        if self._live is None:
+            print(line, file=self._console.file, flush=True)
+        else:
+            self._console.print(Text(line))
+
 
 def measurement_fields(record: Record) -> list[str]:
     """Put an update's main measurements into words, leaving out those it lacks.

@@ -49,8 +49,9 @@ def write_report(run_dir: str | os.PathLike[str]) -> tuple[Path, Path]:
     """Write ``report.html`` and ``report.png`` beside the log of a run, finished or not.
 
     The page stands alone: pictures and styles are inside it, no script, nothing is fetched. It
-    shows the curves, the means of the first and last updates, the first and last samples side by
-    side, settings and versions. What the log lacks is left out; a run without an update says so.
+    shows the curves, the means of the first and last updates, what the monitor noticed and did,
+    the first and last samples side by side, settings, versions and hashes. What the log lacks is
+    left out; a run without an update says so.
     Both files are written to a temporary name and renamed, so an older report is never half gone.
 
     Args:
@@ -81,24 +82,26 @@ def write_report(run_dir: str | os.PathLike[str]) -> tuple[Path, Path]:
     settings = header.get("settings") or {}
     updates = [record for record in records if record["record"] == "update"]
     samples = [record for record in records if record["record"] == "samples"]
+    events = [record for record in records if record["record"] == "event"]
 
     title = _title(header)
-    figure = draw_run(updates, settings=settings, title=title)
+    figure = draw_run(updates, settings=settings, title=title, events=events)
     picture = _png(figure)
     light = _png(_without_title(figure))
-    dark = _png(draw_run(updates, settings=settings, dark=True))
+    dark = _png(draw_run(updates, settings=settings, dark=True, events=events))
     template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template.filters["number"] = _number
     page = template.from_string(_PAGE).render(
         title=title,
-        headline=_headline(updates, settings),
+        headline=_headline(updates, settings, events),
+        events=events,
         count=len(updates),
         averaged=_averaged(updates),
         summary=_summary(updates),
         samples=_sample_rows(samples),
         first_step=samples[0].get("step", "?") if samples else None,
         last_step=samples[-1].get("step", "?") if len(samples) > 1 else None,
-        tables=_tables(header, timings),
+        tables=_tables(header, timings, RunLog(run_dir / LOG_NAME).last_chain()),
         light=base64.b64encode(light).decode("ascii"),
         dark=base64.b64encode(dark).decode("ascii"),
     )
@@ -175,8 +178,10 @@ def _summary(updates: Sequence[Record]) -> list[_SummaryRow]:
     return rows
 
 
-def _headline(updates: Sequence[Record], settings: Mapping[str, Any]) -> str:
-    """The run in two or three sentences."""
+def _headline(
+    updates: Sequence[Record], settings: Mapping[str, Any], events: Sequence[Record]
+) -> str:
+    """The run in a few sentences."""
     if not updates:
         return "No update was finished: the run was stopped before its first record."
     count = _averaged(updates)
@@ -196,6 +201,10 @@ def _headline(updates: Sequence[Record], settings: Mapping[str, Any]) -> str:
     broken = sum(float(update.get("non_finite") or 0) > 0 for update in updates)
     if broken:
         sentences.append(f"{broken} of {len(updates)} updates met values that are not finite.")
+    if events:
+        kinds = dict.fromkeys(str(event.get("action")).replace("_", " ") for event in events)
+        plural = "s" if len(events) > 1 else ""
+        sentences.append(f"{len(events)} event{plural}: {', '.join(kinds)}.")
     return " ".join(sentences) or f"{len(updates)} updates."
 
 
@@ -212,12 +221,18 @@ def _sample_rows(samples: Sequence[Record]) -> list[_SampleRow]:
     ]
 
 
-def _tables(header: Mapping[str, Any], timings: Sequence[Record]) -> dict[str, dict[str, Any]]:
-    """Small tables of names and values: settings, versions, time."""
+def _tables(
+    header: Mapping[str, Any], timings: Sequence[Record], log_hash: str
+) -> dict[str, dict[str, Any]]:
+    """Small tables of names and values: settings, versions, hashes, time."""
+    hashes = _flat(header.get("hashes") or {})
+    if log_hash:
+        hashes["last line of the log"] = log_hash
     run = {
         key: value
         for key, value in header.items()
-        if key not in ("record", "settings", "versions") and not isinstance(value, dict | list)
+        if key not in ("record", "settings", "versions", "hashes")
+        and not isinstance(value, dict | list)
     }
     seconds: dict[str, str] = {}
     for key in dict.fromkeys(key for timing in timings for key in timing if "seconds" in key):
@@ -229,6 +244,7 @@ def _tables(header: Mapping[str, Any], timings: Sequence[Record]) -> dict[str, d
         "Run": run,
         "Settings": _flat(header.get("settings") or {}),
         "Versions": _flat(header.get("versions") or {}),
+        "SHA-256": hashes,
         "Time": seconds,
     }
     return {name: table for name, table in tables.items() if table}
@@ -306,6 +322,18 @@ tbody th { font-weight: 500; }
 </tbody></table></div>
 <p class="note">Over updates with a finite value.{% if averaged < 10 %} In a short run, half of the
 updates make each mean.{% endif %}</p>
+{% endif %}
+{% if events %}
+<h2>Events</h2>
+<div class="wide"><table class="figures">
+<thead><tr><th>update</th><th>detector</th><th>seen</th><th>limit</th><th>action</th>
+<th>reason</th></tr></thead>
+<tbody>
+{% for event in events %}
+<tr><th>{{ event.step }}</th><td>{{ event.detector }}</td><td>{{ event.seen | number }}</td>
+<td>{{ event.limit | number }}</td><td>{{ event.action }}</td><td>{{ event.reason }}</td></tr>
+{% endfor %}
+</tbody></table></div>
 {% endif %}
 {% if samples %}
 <h2>Samples</h2>

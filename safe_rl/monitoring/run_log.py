@@ -125,6 +125,15 @@ class RunLog:
         """
         return [record for _, record in _lines(Path(path))]
 
+    def last_chain(self) -> str:
+        """Hash of the last finished line, which stands for the whole log; empty without one.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+        """
+        finished = self.path.read_bytes().rpartition(b"\n")[0]
+        return split_chain(finished.rpartition(b"\n")[2])[1]
+
     def truncate_to(self, step: int) -> int:
         """Drop every record of ``step`` and later, so that a resumed run continues the log.
 

@@ -238,6 +238,58 @@ def test_run_log_needs_neither_matplotlib_nor_rich_nor_jinja2_and_plots_no_pyplo
     assert result.stdout.splitlines() == ["[]", "False"], result.stderr
 
 
+def event(step, **changed):
+    return {
+        "record": "event",
+        "step": step,
+        "detector": "kl_runaway",
+        "seen": 4.25,
+        "limit": 3.0,
+        "action": "tighten_threshold",
+        "reason": "KL 4.25 times its <threshold>, limit 3",
+        **changed,
+    }
+
+
+def test_events_are_a_table_a_sentence_and_a_line_through_each_panel(tmp_path):
+    events = [event(1), event(2, action="roll_back", seen=math.inf)]
+    write_log(tmp_path, update(0), update(1), events[0], update(2), events[1])
+    page = Page(write_report(tmp_path)[0].read_text("utf-8"))
+    assert "2 events: tighten threshold, roll back." in page.text
+    start = page.cells.index("kl_runaway")
+    reason = "KL 4.25 times its <threshold>, limit 3"
+    assert page.cells[start + 1 : start + 5] == ["4.25", "3", "tighten_threshold", reason]
+    assert page.cells[start - 1] == "1"
+    assert "not finite" in page.cells
+    figure = draw_run([update(step) for step in range(3)], events=events)
+    for axes in figure.axes:
+        if axes.get_label() != "phases":
+            marks = [ln.get_xdata()[0] for ln in axes.lines if str(ln.get_label()).startswith("_")]
+            assert marks == [1.0, 2.0]
+    assert "event" in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_a_page_without_events_has_no_table_of_them(full):
+    assert "detector" not in Page(full[1].read_text("utf-8")).cells
+
+
+def test_hashes_and_the_last_hash_of_the_log_are_shown(tmp_path):
+    log = RunLog(tmp_path / "log.jsonl")
+    log.write({"record": "run", "hashes": {"prompts": "ab" * 32}})
+    log.write(update(0))
+    page = Page(write_report(tmp_path)[0].read_text("utf-8"))
+    assert "ab" * 32 in page.cells
+    assert len(log.last_chain()) == 64
+    assert log.last_chain() in page.cells
+
+
+@pytest.mark.parametrize(("factor", "scale"), [(1.1, "linear"), (10.0, "log")])
+def test_an_event_does_not_decide_whether_an_axis_is_logarithmic(factor, scale):
+    figure = draw_run([update(s, loss_value=factor**s) for s in range(3)], events=[event(1)])
+    (axes,) = [axes for axes in figure.axes if axes.get_label() == "Value loss"]
+    assert axes.get_yscale() == scale
+
+
 def test_title_and_unit_of_a_panel_do_not_overlap():
     for phase in ({}, {"phase": "climbing"}):
         figure = draw_run([{"step": 0, "reward_mean": 0.5, **phase}])
