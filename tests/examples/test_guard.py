@@ -142,6 +142,11 @@ def test_the_run_goes_back_to_where_it_was_well(tmp_path: Path, run, configured)
     assert log[4]["kl_nats_per_token"] == 0.0  # the policy is the reference again
     assert [r["kl_threshold_scale"] for r in log[1:4]] == [1.0, 0.7, 0.7]
     assert [r["learning_rate_scale"] for r in log[1:5]] == [1.0, 1.0, 0.5, 0.5]
+    # It went back at the last update too, which ended the alarm.
+    assert alarms[-1]["action"] == "roll_back"
+    assert alarms[-1]["step"] == 5
+    parts = torch.load(whole / "checkpoint.pt", weights_only=True)["parts"]
+    assert not parts["interventions"]["monitor"]["kl_runaway__alarm__active"]
     page = (whole / "report.html").read_text()
     assert "roll_back" in page
     assert audit_log(whole / "log.jsonl").chain in page

@@ -75,9 +75,11 @@ def test_an_update_that_cannot_be_measured_is_taken_back_bit_for_bit(kl):
     weight, trust = region(value=0.1)
     before = weight.detach().clone()
     moved(weight, to=[math.nan, 1e30])
-    step = trust.hold(lambda: torch.tensor(kl))
+    calls = []
+    step = trust.hold(lambda: calls.append(1) or torch.tensor(kl))
     assert torch.equal(weight, before)
     assert (step.kl, step.scale) == (0.0, 0.0)
+    assert len(calls) == 1
 
 
 def test_an_update_that_shortening_does_not_help_is_taken_back():

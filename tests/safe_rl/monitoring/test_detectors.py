@@ -179,6 +179,16 @@ def test_a_constant_reward_that_falls_is_a_crash():
     assert raised_at(RewardCrash(), "reward", [1.0] * 20 + [0.9] * 4) == [22]
 
 
+def test_a_deep_fall_right_after_the_warm_up_is_not_learnt_as_the_level():
+    assert raised_at(RewardCrash(), "reward", [*noise(11), -5.0, -5.0, -5.0]) == [13]
+
+
+def test_the_score_is_bounded_so_that_a_reward_that_is_back_counts_as_back():
+    state = run(RewardCrash(), "reward", [1.0] * 20 + [0.9] * 3)
+    assert float(state.score) == 8.0
+    assert not run(RewardCrash(), "reward", [1.0] * 8, state).alarm.active
+
+
 def test_a_slow_collapse_and_a_slow_surge_of_entropy_are_seen():
     falling = [2.5 * 0.97**t for t in range(60)]
     rising = [2.5 * 1.02**t for t in range(40)]
