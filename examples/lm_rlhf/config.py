@@ -64,8 +64,8 @@ class Config:
 
     trust_region_limit: float | None = 0.5
     """Most KL(old || new) of one update, nats per token; None: not measured. The paper's ceiling,
-    and beyond the .1 that updates of the demo reach: it acts on accidents. It costs one more
-    forward over the rollout, half of what scoring costs."""
+    and beyond the .15 that updates of the demo reach: it acts on accidents. It costs one more
+    forward over the rollout, a tenth of the demo's time."""
     monitor: Monitor = field(default_factory=Monitor)
     """Detectors, and what each alarm leads to."""
 
