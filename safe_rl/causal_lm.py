@@ -5,7 +5,7 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
-from safe_ops import token_log_probs
+from safe_ops import TokenLogProbs, linear_log_probs, token_log_probs
 from safe_rl.keys import read
 
 
@@ -20,9 +20,14 @@ class CausalLMActorCritic(TensorDictModuleBase):
     evaluation mode; then the importance ratio before the first update is exactly 1. The critic
     reads the hidden states without sending gradients into the policy.
 
+    Where the head is a plain ``nn.Linear`` its product goes through ``linear_log_probs``: no
+    logits in memory, and a padded place costs nothing. Any other head (adapted, quantised, sharded
+    on its own) is called, and its logits are made.
+
     Reads ``("tokens", "prompt")`` int64 [B, P] (left-padded), ``("tokens", "response")`` int64
     [B, T] (right-padded), ``prompt_mask`` bool [B, P], ``response_mask`` bool [B, T].
-    Writes ``log_prob``, ``entropy`` [B, T] (nats, float32, at the sampling temperature),
+    Writes ``log_prob``, ``entropy`` [B, T] (nats, float32, at the sampling temperature; 0 where
+    ``response_mask`` is False),
     ``state_values`` [B, T, K] and ``bootstrap_values`` [B, K], the values after the last token.
 
     Args:
@@ -34,8 +39,9 @@ class CausalLMActorCritic(TensorDictModuleBase):
 
     Raises:
         ValueError: the model has no head or no backbone, or is a ``PeftModel``, whose base model
-            is what is meant; ``temperature`` is not positive; a batch has no prompt token, or a
-            mask has not the shape of its tokens.
+            is what is meant; its logits are not those of its head (they are scaled or capped
+            afterwards, as Gemma 2, Cohere and Granite do); ``temperature`` is not positive; a batch
+            has no prompt token, or a mask has not the shape of its tokens.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -74,6 +80,7 @@ class CausalLMActorCritic(TensorDictModuleBase):
             )
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
+        _check_head(language_model, head)
         # The backbone and the head are parts of the model: held beside it in a tuple, they are not
         # registered a second time.
         self._backbone_and_head = (backbone, head)
@@ -118,10 +125,7 @@ class CausalLMActorCritic(TensorDictModuleBase):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write ``log_prob``, ``entropy``, ``state_values`` and ``bootstrap_values``."""
         states = self.response_states(tensordict)
-        _, head = self._backbone_and_head
-        logits = head(states[:, :-1])
-        tokens = tensordict["tokens", "response"]
-        log_prob, entropy = token_log_probs(logits, tokens, temperature=self.temperature)
+        log_prob, entropy = self._head_log_probs(states[:, :-1], tensordict)
         values = self.critic(states.detach())
         last = tensordict["response_mask"].sum(1)
         rows = torch.arange(last.shape[0], device=last.device)
@@ -130,3 +134,41 @@ class CausalLMActorCritic(TensorDictModuleBase):
         tensordict.set("state_values", values[:, :-1])
         tensordict.set("bootstrap_values", values[rows, last])
         return tensordict
+
+    def _head_log_probs(self, states: Tensor, batch: TensorDictBase) -> TokenLogProbs:
+        _, head = self._backbone_and_head
+        tokens, mask = batch["tokens", "response"], batch["response_mask"]
+        if type(head) is nn.Linear:
+            return linear_log_probs(
+                states, head.weight, tokens, bias=head.bias, mask=mask, temperature=self.temperature
+            )
+        scored = token_log_probs(head(states), tokens, temperature=self.temperature)
+        return TokenLogProbs(*(torch.where(mask, x, 0.0) for x in scored))
+
+
+@torch.no_grad()
+def _check_head(language_model: nn.Module, head: nn.Module) -> None:
+    """The model's own forward, on a few tokens: are its logits what the head gives?
+
+    A model on the meta device has no numbers to compare.
+    """
+    weight = next(language_model.parameters())
+    if weight.is_meta:
+        return
+    modes = [(module, module.training) for module in language_model.modules()]
+    language_model.eval()
+    try:
+        tokens = torch.arange(4, device=weight.device).unsqueeze(0)  # one may be the padding: zeros
+        output = language_model(input_ids=tokens, output_hidden_states=True, use_cache=False)
+        of_head = head(output.hidden_states[-1])
+    finally:
+        for module, training in modes:
+            module.training = training
+    logits = output.logits
+    rounding = 8 * torch.finfo(logits.dtype).eps * logits.abs().max()
+    if of_head.shape != logits.shape or (of_head - logits).abs().max() > rounding:
+        raise ValueError(
+            "language_model must have the logits of its head, got a "
+            f"{type(language_model).__name__}, which changes them afterwards (a scale or a cap): "
+            "tokens would be sampled from another distribution than they are scored with"
+        )

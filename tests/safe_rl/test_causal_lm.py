@@ -9,7 +9,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.testing import assert_close
-from transformers import LlamaForCausalLM, LlamaModel
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaForCausalLM,
+    LlamaModel,
+)
 
 from safe_rl import CausalLMActorCritic, SoftMinCritic
 from safe_rl.objectives import SAFELoss
@@ -148,6 +157,31 @@ def test_half_precision_gives_float32(network):
     assert {batch[key].dtype for key in network.out_keys} == {torch.float32}
 
 
+class OwnHead(nn.Linear):
+    """A head with a forward of its own, as adapted and quantised ones have."""
+
+
+def test_any_other_head_gives_the_same_and_is_called(network):
+    head = network.language_model.lm_head
+    other = OwnHead(head.in_features, head.out_features, bias=False)
+    other.weight = head.weight
+    called = []
+    other.register_forward_hook(lambda *_: called.append(True))
+    model = copy.deepcopy(network.language_model)
+    model.lm_head = other
+    mine, theirs = network(rollout()), CausalLMActorCritic(model, network.critic)(rollout())
+    assert called
+    for key in ("log_prob", "entropy"):
+        assert_close(mine[key], theirs[key], rtol=0, atol=2e-6)
+        assert not mine[key][~mine["response_mask"]].any()
+        assert not theirs[key][~theirs["response_mask"]].any()
+    (gradient,) = torch.autograd.grad(mine["log_prob"].sum() + mine["entropy"].sum(), head.weight)
+    (expected,) = torch.autograd.grad(
+        theirs["log_prob"].sum() + theirs["entropy"].sum(), other.weight
+    )
+    assert_close(gradient, expected, rtol=0, atol=1e-5)
+
+
 # --- the ratio is 1 -----------------------------------------------------------------------------
 
 
@@ -256,8 +290,9 @@ def test_a_copy_is_independent(network):
     other.language_model.lm_head.weight.zero_()
     other.language_model.model.norm.weight.fill_(2.0)
     assert (network(rollout())["log_prob"] == expected).all()
-    uniform = torch.full((4, 6), -torch.tensor(float(VOCABULARY)).log())
-    assert_close(other(rollout())["log_prob"], uniform)
+    batch = other(rollout())
+    uniform = -torch.tensor(float(VOCABULARY)).log() * batch["response_mask"]
+    assert_close(batch["log_prob"], uniform)
 
 
 # --- errors -------------------------------------------------------------------------------------
@@ -289,6 +324,35 @@ def test_a_model_without_a_head_is_named():
     model.lm_head = None
     with pytest.raises(ValueError, match="must have a head, got LlamaForCausalLM"):
         CausalLMActorCritic(model, SoftMinCritic(16))
+
+
+SIZES = {
+    **{"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 16},
+    **{"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1},
+    "pad_token_id": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "config"),
+    [
+        (Gemma2ForCausalLM, Gemma2Config(head_dim=8, **SIZES)),
+        (CohereForCausalLM, CohereConfig(**SIZES)),
+        (GraniteForCausalLM, GraniteConfig(logits_scaling=8.0, **SIZES)),
+    ],
+)
+def test_a_model_that_changes_the_logits_of_its_head_is_refused(model, config):
+    torch.manual_seed(0)
+    language_model = model(config).train()
+    with pytest.raises(ValueError, match=f"logits of its head, got a {model.__name__}"):
+        CausalLMActorCritic(language_model, SoftMinCritic(16))
+    assert all(module.training for module in language_model.modules())
+
+
+def test_on_the_meta_device_the_head_is_not_looked_at():
+    with torch.device("meta"):
+        model = Gemma2ForCausalLM(Gemma2Config(head_dim=8, **SIZES))
+    CausalLMActorCritic(model, SoftMinCritic(16))
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
