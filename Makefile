@@ -12,7 +12,7 @@ TABLE  := runs/table
 # them takes 15 % of an update. Other systems ignore the names.
 KEEP   := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296
 
-.PHONY: demo demo-table test test-slow lint clean
+.PHONY: demo demo-table test test-slow lint bench clean
 
 demo: $(STAMP)
 	$(KEEP) $(BIN)/python -m examples.lm_rlhf.train --seed $(SEED) $(if $(STEPS),--steps $(STEPS)) --output $(OUTPUT)
@@ -37,6 +37,25 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check
 
+# Every benchmark that has no results in runs/bench yet, then the page; about an hour and a half.
+BENCHES := head gae controllers sampling step
+bench: .venv-bench/.installed $(BENCHES:%=runs/bench/%.json)
+	.venv-bench/bin/python -m tests.benchmarks.page runs/bench docs/benchmarks.md
+
+runs/bench/%.json: | .venv-bench/.installed
+	.venv-bench/bin/python -W ignore -m tests.benchmarks.bench_$* --output runs/bench
+
+# The peers, on top of what is in .venv: that is found by a .pth file and not copied. verl's wheel
+# carries a package called tests, which would hide ours.
+PURELIB := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
+.venv-bench/.installed: constraints-bench.txt $(STAMP)
+	test -x .venv-bench/bin/python || $(BIN)/python -m venv .venv-bench
+	echo "import site; site.addsitedir('$$($(BIN)/python $(PURELIB))')" \
+		> "$$(.venv-bench/bin/python $(PURELIB))/base.pth"
+	.venv-bench/bin/pip install --quiet --no-deps -r constraints-bench.txt
+	rm -rf "$$(.venv-bench/bin/python $(PURELIB))/tests"
+	touch $@
+
 # The stamp is newer than what it was made from, so a second call installs nothing.
 $(STAMP): constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -45,4 +64,4 @@ $(STAMP): constraints.txt pyproject.toml
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) .venv-bench build *.egg-info

@@ -1,20 +1,19 @@
 """What the controllers cost: their import, one update of each law, one call of the Controller.
 
+    make bench                                              # all, into docs/benchmarks.md
     python -m tests.benchmarks.bench_controllers
 
-One thread. Least of many short batches, so that other work on the machine counts little. Prints
-JSON: seconds of import (least of five fresh processes), microseconds of an update and the number of
-tensor operations in it. Limits: the import adds under 5 % of torch's own, an update of
-EntropyGatedKL takes under 500 us.
+One thread. Least of many short batches, so that other work on the machine counts little. Imports:
+least of five fresh processes.
 """
 
-import json
-import platform
+import argparse
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from safe_ops.controllers import (
     PIDLagrangian,
     TrustRegion,
 )
+from tests.benchmarks.measure import Table, write_results
 
 LAWS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "ema": (EMA(), ("value",)),
@@ -87,33 +87,40 @@ def microseconds(call: Callable[[], object], batch: int = 10, batches: int = 200
     return 1e6 * best
 
 
+def law_row(name: str) -> list[str]:
+    """Microseconds of a law's update and of its Controller's call, and the update's operations."""
+    law, names = LAWS[name]
+    measured = {key: torch.tensor(0.5) for key in names}
+    controller = Controller(law)
+    for _ in range(60):
+        controller(**measured)
+    state = controller.state
+    with CountOperations() as counter:
+        law.update(state, **measured)
+    return [
+        type(law).__name__,
+        f"{microseconds(partial(law.update, state, **measured)):.0f}",
+        f"{microseconds(partial(controller, **measured)):.0f}",
+        str(counter.count),
+    ]
+
+
 def main() -> None:
-    """Measure and print."""
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, help="folder for controllers.json")
+    given = parser.parse_args()
     torch.set_num_threads(1)
     of_torch, of_controllers = import_seconds()
-    report: dict[str, Any] = {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "import_torch_s": round(of_torch, 3),
-        "import_controllers_s": round(of_controllers, 4),
-        "import_share": round(of_controllers / of_torch, 4),
-        "update_us": {},
-        "controller_us": {},
-        "operations": {},
-    }
-    for name, (law, names) in LAWS.items():
-        measured = {key: torch.tensor(0.5) for key in names}
-        controller = Controller(law)
-        for _ in range(60):
-            controller(**measured)
-        state = controller.state
-        report["update_us"][name] = round(microseconds(partial(law.update, state, **measured)), 1)
-        report["controller_us"][name] = round(microseconds(partial(controller, **measured)), 1)
-        with CountOperations() as counter:
-            law.update(state, **measured)
-        report["operations"][name] = counter.count
-    print(json.dumps(report, indent=2))
+    share = f"{100 * of_controllers / of_torch:.1f} %"
+    imports = Table(
+        "Imports, seconds",
+        ["torch", "safe_ops.controllers, after it", "share"],
+        [[f"{of_torch:.2f}", f"{of_controllers:.3f}", share]],
+    )
+    columns = ["law", "update, µs", "Controller's call, µs", "tensor operations"]
+    laws = Table("Controllers, eager on a CPU", columns, [law_row(name) for name in LAWS])
+    write_results("controllers", [imports, laws], given.output)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """How many times faster than a Python loop over T the advantages are, TorchRL's beside ours.
 
+    make bench                                              # all, into docs/benchmarks.md
     python -m tests.benchmarks.bench_gae
 
 float32, one thread, CPU time, implementations interleaved, medians. "loop" does all that ours does
@@ -13,10 +14,9 @@ writes where every step counts. TorchRL knows no holes, so its two work on the s
 | general | 1 % of the steps | 1 % of the steps | 10 % holes |
 """
 
-import statistics
-import time
+import argparse
 from collections.abc import Callable
-from importlib.metadata import version
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from torchrl.objectives.value.functional import (
 )
 
 from safe_ops import generalized_advantage_estimate
+from tests.benchmarks.measure import Table, interleaved_seconds, write_results
 
 SIZES = {(64, 1024): 30, (256, 4096): 7}
 """[B, T] to rounds."""
@@ -71,19 +72,6 @@ def bare_loop(
     return advantage, advantage + value
 
 
-def interleaved_seconds(calls: dict[str, Callable[[], object]], *, rounds: int) -> dict[str, float]:
-    """Median CPU seconds of one thread; every round runs every call once, after one to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds + 1):
-        for name, call in calls.items():
-            start = time.thread_time()
-            call()
-            spent = time.thread_time() - start
-            if turn:
-                seconds[name].append(spent)
-    return {name: statistics.median(spent) for name, spent in seconds.items()}
-
-
 def case(name: str, batch: int, steps: int) -> dict[str, Callable[[], tuple[Tensor, Tensor]]]:
     generator = torch.Generator().manual_seed(0)
 
@@ -118,22 +106,29 @@ def case(name: str, batch: int, steps: int) -> dict[str, Callable[[], tuple[Tens
 
 
 def main() -> None:
-    """Print the table."""
-    torch.set_num_threads(1)
-    print(f"torch {version('torch')}, torchrl {version('torchrl')}, {time.strftime('%Y-%m-%d')}")
-    print("| [B, T] | case | implementation | ms | times faster than loop | than bare loop |")
-    print("|---|---|---|---|---|---|")
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, help="folder for gae.json")
+    given = parser.parse_args()
+    rows = []
     for (batch, steps), rounds in SIZES.items():
         for name in ("no terminations", "ends", "general"):
             calls = case(name, batch, steps)
             torch.testing.assert_close(tuple(calls["ours"]()), calls["loop"](), atol=1e-4, rtol=0)
             seconds = interleaved_seconds(calls, rounds=rounds)
-            for implementation, spent in seconds.items():
-                print(
-                    f"| [{batch}, {steps}] | {name} | {implementation} | {1e3 * spent:.2f} | "
-                    f"{seconds['loop'] / spent:.1f} | {seconds['bare loop'] / spent:.1f} |",
-                    flush=True,
-                )
+            rows += [
+                [
+                    f"[{batch}, {steps}]",
+                    name,
+                    implementation,
+                    f"{1e3 * spent:.2f}",
+                    f"{seconds['loop'] / spent:.1f}",
+                    f"{seconds['bare loop'] / spent:.1f}",
+                ]
+                for implementation, spent in seconds.items()
+            ]
+    columns = ["[B, T]", "case", "by", "ms", "times faster than the loop", "than the bare loop"]
+    write_results("gae", [Table("Advantages, CPU time of one thread", columns, rows)], given.output)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Sampling: tokens per second against transformers' ``generate`` with LoRA in place.
 
+    make bench                                              # all, into docs/benchmarks.md
     python -m tests.benchmarks.bench_sampling
     python -m tests.benchmarks.bench_sampling --threads 1 --clock cpu     # on a busy machine
 
@@ -8,12 +9,11 @@ figures are medians over the rounds. Rows never end early, so every candidate dr
 """
 
 import argparse
-import platform
 import statistics
 import time
 import warnings
 from collections.abc import Callable
-from importlib.metadata import version
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from examples.lm_rlhf.models import load_policy, read_prompts, tokenize_prompts
 from safe_rl.integrations.merged_linear import MergedAdapters
 from safe_rl.integrations.transformers import Sampler
 from safe_rl.rollouts import left_pad
+from tests.benchmarks.measure import Table, write_results
 
 NEVER = torch.tensor([-1])
 
@@ -48,13 +49,14 @@ def hf_generate(
 
 
 def main() -> None:
-    """Print one line per candidate."""
+    """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
+    parser.add_argument("--output", type=Path, help="folder for sampling.json")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
@@ -106,18 +108,18 @@ def main() -> None:
             if number:  # the first round warms up
                 seconds[name].append(took)
     drawn = arguments.rows * arguments.new_tokens
-    print(
-        f"{platform.processor() or platform.machine()}, torch {torch.__version__}, transformers "
-        f"{version('transformers')}, {time.strftime('%Y-%m-%d')}: {arguments.rows} rows x "
-        f"{arguments.new_tokens} tokens, {arguments.threads} threads, {arguments.clock} clock, "
-        f"median of {arguments.rounds}"
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    baseline = next(iter(medians.values()))
+    rows = [
+        [name, f"{median:.2f}", f"{drawn / median:.0f}", f"{baseline / median:.2f}"]
+        for name, median in medians.items()
+    ]
+    title = (
+        f"Sampling, SmolLM2-135M with LoRA, {arguments.rows} x {arguments.new_tokens} tokens, "
+        f"{arguments.threads} threads, {arguments.clock} clock"
     )
-    baseline = statistics.median(next(iter(seconds.values())))
-    for name, values in seconds.items():
-        median = statistics.median(values)
-        print(
-            f"{name:40} {median:7.3f} s {drawn / median:8.1f} tokens/s {baseline / median:6.2f} x"
-        )
+    table = Table(title, ["by", "s", "tokens a second", "times generate"], rows)
+    write_results("sampling", [table], arguments.output)
 
 
 if __name__ == "__main__":

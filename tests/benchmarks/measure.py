@@ -1,4 +1,4 @@
-"""Interleaved timings of one thread and peak memory in a fresh process, for every benchmark."""
+"""Interleaved timings of one thread, peak memory in a fresh process, tables of results."""
 
 import json
 import os
@@ -11,10 +11,34 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 Call = Callable[[], object]
+
+
+class Table(NamedTuple):
+    """What a benchmark found, as the docs show it."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+
+    def markdown(self) -> str:
+        """The table under its title."""
+        lines = [self.columns, ["---"] * len(self.columns), *self.rows]
+        return f"### {self.title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def write_results(name: str, tables: list[Table], folder: Path | None) -> None:
+    """Print the tables, and keep them with their circumstances where a folder is given."""
+    for table in tables:
+        print(table.markdown(), flush=True)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        found = {"circumstances": circumstances(), "tables": tables}
+        (folder / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 def interleaved_seconds(calls: dict[str, Call], *, rounds: int) -> dict[str, float]:
@@ -64,11 +88,10 @@ def peak_bytes(call: Call) -> int:
     return highest[0] - before
 
 
-def in_fresh_process(script: str, *arguments: str) -> object:
-    """Run a script that prints JSON on its last line, and read it."""
-    output = subprocess.run(
-        [sys.executable, script, *arguments], check=True, capture_output=True, text=True
-    ).stdout
+def json_of_fresh_process(module: str, *arguments: str) -> Any:
+    """Run a module that prints JSON on its last line, and read it."""
+    command = [sys.executable, "-W", "ignore", "-m", module, *arguments]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(output.strip().splitlines()[-1])
 
 

@@ -1,0 +1,153 @@
+"""The ops on hidden states against their matrix products and the peers.
+
+    make bench                                              # all, into docs/benchmarks.md
+    .venv-bench/bin/python -m tests.benchmarks.bench_head --shapes S --dtypes float32
+
+CPU time of one thread, all calls in turn in every round, medians, as ratios to the bare matrix
+products: mm = hidden @ weight.T, floor4 = 2 mm + dH + dW (the backward makes the logits again),
+floor3 = mm + dH + dW. Peak memory beyond inputs and returned gradients, a fresh process each.
+"""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from tests.benchmarks import head_peers as peers
+from tests.benchmarks.head_calls import SHAPES, HeadProblem, Results
+from tests.benchmarks.measure import (
+    Table,
+    interleaved_seconds,
+    json_of_fresh_process,
+    peak_bytes,
+    write_results,
+)
+
+Run = Callable[[HeadProblem], Results]
+
+
+def forward(call: Run, problem: HeadProblem) -> Results:
+    with torch.no_grad():
+        return call(problem)
+
+
+def both(call: Run, problem: HeadProblem) -> Results:
+    return problem.gradients(*call(problem))
+
+
+PER_TOKEN: dict[str, Run] = {
+    "ours": HeadProblem.ours,
+    "naive": HeadProblem.naive,
+    **peers.PER_TOKEN,
+}
+KL: dict[str, Run] = {"ours": HeadProblem.kl, "naive": HeadProblem.naive_kl}
+
+FORWARD = "forward / mm"
+BOTH = "forward + backward / floor4"
+FROZEN = "head frozen, forward + backward / (2 mm + dH)"
+FUSED = "fused loss / floor3"
+KL_FORWARD = "exact KL, forward / 2 mm"
+KL_BOTH = "exact KL, forward + backward / (4 mm + dH + dW)"
+
+RUNS: dict[tuple[str, str], Run] = {
+    **{(FORWARD, name): partial(forward, call) for name, call in PER_TOKEN.items()},
+    **{(BOTH, name): partial(both, call) for name, call in PER_TOKEN.items()},
+    (BOTH, "ours, half the tokens masked"): HeadProblem.half_masked,
+    (BOTH, "torch (a mean, no entropy)"): peers.torch_loss,
+    (FROZEN, "ours"): HeadProblem.frozen_head,
+    (FUSED, "ours"): HeadProblem.fused,
+    (FUSED, "Liger GRPO (no entropy)"): peers.liger_grpo,
+    **{(KL_FORWARD, name): partial(forward, call) for name, call in KL.items()},
+    **{(KL_BOTH, name): partial(both, call) for name, call in KL.items()},
+}
+"""What is measured: (figure, implementation) to the call."""
+
+
+def ratios(shape: str, dtype: str, rounds: int) -> dict[tuple[str, str], float]:
+    """Of each run's time to its matrix products, and of half masked to none."""
+    problem = HeadProblem(*SHAPES[shape], getattr(torch, dtype))
+    calls = {("", name): product for name, product in problem.products().items()}
+    calls |= {key: partial(run, problem) for key, run in RUNS.items()}
+    seconds = interleaved_seconds(calls, rounds=rounds)
+    mm, d_hidden, d_weight = (seconds["", name] for name in ("mm", "dH", "dW"))
+    floors = {
+        FORWARD: mm,
+        BOTH: 2 * mm + d_hidden + d_weight,
+        FROZEN: 2 * mm + d_hidden,
+        FUSED: mm + d_hidden + d_weight,
+        KL_FORWARD: 2 * mm,
+        KL_BOTH: 4 * mm + d_hidden + d_weight,
+    }
+    found = {key: seconds[key] / floors[key[0]] for key in RUNS}
+    found["half masked / none", "ours"] = (
+        seconds[BOTH, "ours, half the tokens masked"] / seconds[BOTH, "ours"]
+    )
+    found["mm, seconds", "torch"] = mm
+    return found
+
+
+def peak(shape: str, dtype: torch.dtype, key: tuple[str, str], scale: int) -> float:
+    """MiB beyond the inputs and the returned gradients."""
+    tokens, width, vocabulary = SHAPES[shape]
+    run = RUNS[key]
+    # One small call first: what is compiled or allocated once is not counted.
+    run(HeadProblem(peers.ROW, width, 2048, dtype))
+    problem = HeadProblem(scale * tokens, width, vocabulary, dtype)
+    returned = problem.hidden.nbytes + (problem.weight.nbytes if key[0] != FROZEN else 0)
+    return (peak_bytes(partial(run, problem)) - returned) / 2**20
+
+
+def ratio_table(dtype: str, shapes: list[str], rounds: int) -> Table:
+    columns = {shape: ratios(shape, dtype, rounds) for shape in shapes}
+    rows = [
+        [*key, *(f"{columns[shape][key]:.2f}" for shape in shapes)]
+        for key in next(iter(columns.values()))
+    ]
+    return Table(f"Head, {dtype}: CPU time of one thread", ["figure", "by", *shapes], rows)
+
+
+def peak_table(dtype: str, shapes: list[str], scales: list[int]) -> Table:
+    """Every run at the shape itself; ours at more tokens too."""
+    timed_both = [key for key in RUNS if key[0] in (BOTH, FROZEN, FUSED, KL_BOTH)]
+    runs = [(key, 1) for key in timed_both]
+    runs += [((figure, "ours"), scale) for figure in (BOTH, FUSED, KL_BOTH) for scale in scales]
+    rows = []
+    for key, scale in runs:
+        cells = [
+            f"{json_of_fresh_process(__spec__.name, '--peak', shape, dtype, *key, str(scale)):.0f}"
+            for shape in shapes
+        ]
+        rows.append([key[0].split(" / ")[0], key[1], str(scale), *cells])
+    title = f"Head, {dtype}: peak memory, MiB beyond inputs and returned gradients"
+    return Table(title, ["of", "by", "times the tokens", *shapes], rows)
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, help="folder for head.json")
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--scales", nargs="*", type=int, default=[4, 16])
+    parser.add_argument("--peak", nargs=5, metavar=("SHAPE", "DTYPE", "FIGURE", "BY", "SCALE"))
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    if given.peak:
+        shape, dtype, figure, by, scale = given.peak
+        print(peak(shape, getattr(torch, dtype), (figure, by), int(scale)))
+        return
+    tables = []
+    for dtype in given.dtypes:
+        # One thread of bfloat16 is slow; its figures are asked for at S.
+        shapes = given.shapes if dtype == "float32" else given.shapes[:1]
+        tables.append(ratio_table(dtype, shapes, given.rounds))
+        print(tables[-1].markdown(), flush=True)
+        tables.append(peak_table(dtype, shapes, given.scales if dtype == "float32" else []))
+    write_results("head", tables, given.output)
+
+
+if __name__ == "__main__":
+    main()
