@@ -15,7 +15,7 @@ def test_what_stands_between_the_markers_is_replaced():
 
 
 def test_a_page_without_the_markers_is_refused():
-    with pytest.raises(ValueError, match="page must have '<!-- step -->'.* once, found 0"):
+    with pytest.raises(ValueError, match=r"page must have '<!-- step -->'.* once, found 0"):
         fill(PAGE, "step", "")
 
 
