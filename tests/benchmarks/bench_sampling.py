@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder for sampling.json")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    torch.set_flush_denormal(True)  # as the demo does; it helps all candidates
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 
     policy = load_policy(smollm2_135m())
@@ -67,7 +68,8 @@ def main() -> None:
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.01)
     texts = read_prompts(smollm2_135m().prompts)
-    ids = tokenize_prompts(policy, texts, room=arguments.new_tokens)
+    message = smollm2_135m().system_message
+    ids = tokenize_prompts(policy, texts, system_message=message, room=arguments.new_tokens)
     chosen = [ids[row % len(ids)] for row in range(arguments.rows)]
     longest = max(map(len, chosen))
     # The loop pads to one width for all its batches; a bare call pads to the longest row.
