@@ -4,11 +4,13 @@
     python -m tests.benchmarks.bench_sampling
     python -m tests.benchmarks.bench_sampling --threads 1 --clock cpu     # on a busy machine
 
-The demo's model, prompts and sizes. All candidates run in turn in each round, in one process; the
-figures are medians over the rounds. Rows never end early, so every candidate draws as many tokens.
+The demo's model, prompts and sizes; rows never end early, so every candidate draws as many tokens.
+All candidates run in turn in each round, in a process that flushes denormals as the demo does;
+`generate` also in a process as torch starts it, before and after them. Medians over the rounds.
 """
 
 import argparse
+import json
 import statistics
 import time
 import warnings
@@ -24,7 +26,7 @@ from examples.lm_rlhf.models import load_policy, read_prompts, tokenize_prompts
 from safe_rl.integrations.merged_linear import MergedAdapters
 from safe_rl.integrations.transformers import Sampler
 from safe_rl.rollouts import left_pad
-from tests.benchmarks.measure import Table, write_results
+from tests.benchmarks.measure import Table, json_of_fresh_process, write_results
 
 NEVER = torch.tensor([-1])
 
@@ -48,6 +50,86 @@ def hf_generate(
     return tokens[:, prompt.shape[1] :]
 
 
+class Candidates:
+    """The demo's model, with adapters that act, and a batch of its prompts."""
+
+    def __init__(self, rows: int, new_tokens: int) -> None:
+        config = smollm2_135m()
+        policy = load_policy(config)
+        self.new_tokens = new_tokens
+        self.model = policy.language_model
+        for name, parameter in self.model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.01)
+        ids = tokenize_prompts(
+            policy,
+            read_prompts(config.prompts),
+            system_message=config.system_message,
+            room=new_tokens,
+        )
+        # The loop pads to one width for all its batches.
+        width = max(map(len, ids)) + -(max(map(len, ids)) + new_tokens) % 16
+        chosen = [ids[row % len(ids)] for row in range(rows)]
+        self.prompt, self.mask = left_pad(chosen, width=width, pad_id=policy.pad_id)
+
+    def generate(self) -> Tensor:
+        return hf_generate(self.model, self.prompt, self.mask, max_new_tokens=self.new_tokens)
+
+    def sample(self, sampler: Sampler) -> Tensor:
+        return sampler.sample(
+            self.prompt,
+            self.mask,
+            max_new_tokens=self.new_tokens,
+            temperature=1.0,
+            eos_ids=NEVER,
+            pad_id=0,
+        ).tokens
+
+    @torch.no_grad()
+    def products(self) -> Tensor:
+        """The bare matrix products, adapters merged: of the prompts, then of each new token."""
+        head = self.model.get_output_embeddings()
+        layers = [m.weight for n, m in self.model.named_modules() if n.endswith("base_layer")]
+        rows, width = self.prompt.shape
+        for tokens in [rows * width] + [rows] * (self.new_tokens - 1):
+            inputs = {w.shape[1]: torch.ones(tokens, w.shape[1]) for w in layers}
+            for weight in layers:
+                inputs[weight.shape[1]] @ weight.t()
+            result = torch.ones(rows, head.weight.shape[1]) @ head.weight.t()
+        return result
+
+    def all(self) -> dict[str, Callable[[], Tensor]]:
+        merged, unmerged = Sampler(self.model), Sampler(self.model, merged=False)
+        adapters = MergedAdapters(self.model)
+
+        def own_forward() -> Tensor:
+            with adapters.in_place():
+                return self.sample(unmerged)
+
+        return {
+            "generate, LoRA in place": self.generate,
+            "ours, LoRA in place": lambda: self.sample(unmerged),
+            "ours, merged, the model's own forward": own_forward,
+            "ours, merged, lean decoder": lambda: self.sample(merged),
+            "the bare matrix products": self.products,
+        }
+
+
+def timed(
+    calls: dict[str, Callable[[], Tensor]], rounds: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
+    """Seconds of every call in every round, after one to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds + 1):
+        for name, call in calls.items():
+            torch.manual_seed(turn)
+            begin = clock()
+            call()
+            if turn:
+                seconds[name].append(clock() - begin)
+    return seconds
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -57,71 +139,40 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--output", type=Path, help="folder for sampling.json")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.set_flush_denormal(True)  # as the demo does; it helps all candidates
+    parser.add_argument("--as-torch-starts", action="store_true", help="generate alone, as JSON")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+    clock = time.perf_counter if given.clock == "wall" else time.process_time
+    if given.as_torch_starts:
+        candidates = Candidates(given.rows, given.new_tokens)
+        found = timed({"": candidates.generate}, given.rounds, clock)
+        print(json.dumps(found[""]))
+        return
 
-    policy = load_policy(smollm2_135m())
-    model = policy.language_model
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.01)
-    texts = read_prompts(smollm2_135m().prompts)
-    message = smollm2_135m().system_message
-    ids = tokenize_prompts(policy, texts, system_message=message, room=arguments.new_tokens)
-    chosen = [ids[row % len(ids)] for row in range(arguments.rows)]
-    longest = max(map(len, chosen))
-    # The loop pads to one width for all its batches; a bare call pads to the longest row.
-    loop_width = max(map(len, ids)) + -(max(map(len, ids)) + arguments.new_tokens) % 16
-    bare = left_pad(chosen, width=longest, pad_id=policy.pad_id)
-    padded = left_pad(chosen, width=loop_width, pad_id=policy.pad_id)
+    def as_torch_starts() -> list[float]:
+        options = ["rounds", "threads", "rows", "new_tokens", "clock"]
+        arguments = [f"--{name.replace('_', '-')}={getattr(given, name)}" for name in options]
+        return json_of_fresh_process(__spec__.name, "--as-torch-starts", *arguments)
 
-    def ours(sampler: Sampler, prompt: Tensor, mask: Tensor) -> Callable[[], Tensor]:
-        settings = {"max_new_tokens": arguments.new_tokens, "temperature": 1.0}
-        return lambda: sampler.sample(prompt, mask, eos_ids=NEVER, pad_id=0, **settings).tokens
-
-    def theirs(prompt: Tensor, mask: Tensor) -> Callable[[], Tensor]:
-        return lambda: hf_generate(model, prompt, mask, max_new_tokens=arguments.new_tokens)
-
-    merged, unmerged = Sampler(model), Sampler(model, merged=False)
-    adapters = MergedAdapters(model)
-
-    def own_forward() -> Tensor:
-        with adapters.in_place():
-            return ours(unmerged, *padded)()
-
-    candidates = {
-        f"generate, LoRA, prompts of {longest}": theirs(*bare),
-        f"generate, LoRA, padded to {loop_width}": theirs(*padded),
-        "ours, adapters in place": ours(unmerged, *padded),
-        "ours, merged, the model's own forward": own_forward,
-        "ours, merged, lean decoder": ours(merged, *padded),
-    }
-    clock = time.perf_counter if arguments.clock == "wall" else time.process_time
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for number in range(arguments.rounds + 1):
-        for name, run in candidates.items():
-            torch.manual_seed(number)
-            begin = clock()
-            tokens = run()
-            took = clock() - begin
-            assert tokens.shape == (arguments.rows, arguments.new_tokens)
-            if number:  # the first round warms up
-                seconds[name].append(took)
-    drawn = arguments.rows * arguments.new_tokens
+    first = as_torch_starts()
+    # Before the first parallel work, whose threads inherit it.
+    torch.set_flush_denormal(True)
+    seconds = timed(Candidates(given.rows, given.new_tokens).all(), given.rounds, clock)
+    seconds = {"generate, LoRA in place, denormals": first + as_torch_starts()} | seconds
+    drawn = given.rows * given.new_tokens
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    baseline = next(iter(medians.values()))
+    plain, flushed = list(medians.values())[:2]
     rows = [
-        [name, f"{median:.2f}", f"{drawn / median:.0f}", f"{baseline / median:.2f}"]
-        for name, median in medians.items()
+        [name, f"{x:.2f}", f"{drawn / x:.0f}", f"{plain / x:.2f}", f"{flushed / x:.2f}"]
+        for name, x in medians.items()
     ]
     title = (
-        f"Sampling, SmolLM2-135M with LoRA, {arguments.rows} x {arguments.new_tokens} tokens, "
-        f"{arguments.threads} threads, {arguments.clock} clock"
+        f"Sampling, SmolLM2-135M with LoRA, {given.rows} x {given.new_tokens} tokens, "
+        f"{given.threads} threads, {given.clock} clock"
     )
-    table = Table(title, ["by", "s", "tokens a second", "times generate"], rows)
-    write_results("sampling", [table], arguments.output)
+    columns = ["by", "s", "tokens a second", "times generate", "times generate, flushed"]
+    write_results("sampling", [Table(title, columns, rows)], given.output)
 
 
 if __name__ == "__main__":
