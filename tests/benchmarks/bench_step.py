@@ -6,7 +6,8 @@
 CPU time of one thread. Every loop runs in fresh processes, in turn, and the medians are over all
 updates but the first two of each process. The tiny model is a Llama with 4 layers of 128 and 8192
 tokens, LoRA on all projections, and a reward model of its size; a batch is 16 x (24 + 24) tokens,
-two epochs of two minibatches. "demo" is SmolLM2-135M as `make demo` runs it.
+two epochs of two minibatches. "demo" is SmolLM2-135M as `make demo` runs it; "logits" is SAFE with
+the head's logits made, as the loop was before it had `linear_log_probs`.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import json
 import resource
 import statistics
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -22,7 +24,8 @@ from tests.benchmarks import step_trainers as trainers
 from tests.benchmarks.measure import Table, json_of_fresh_process, write_results
 from tests.benchmarks.stopwatch import Update
 
-TRAINERS = ("SAFE", "PPO", "TRL")
+ON_TINY = ("SAFE", "PPO", "TRL")
+ON_DEMO = ("SAFE", "PPO", "logits")
 STAGES = (
     "sampling",
     "scoring",
@@ -50,8 +53,13 @@ def run(trainer: str, model: str, updates: int) -> dict[str, object]:
             found = trainers.trl(folder, updates=updates, output=folder / "run")
         else:
             config = trainers.tiny_config(folder) if model == "tiny" else trainers.demo_config()
-            algorithm, output = trainer.lower(), folder / "run"
-            found = trainers.ours(config, algorithm=algorithm, updates=updates, output=output)
+            found = trainers.ours(
+                config,
+                algorithm="ppo" if trainer == "PPO" else "safe",
+                make_logits=trainer == "logits",
+                updates=updates,
+                output=folder / "run",
+            )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {"updates": found[WARM_UP:], "peak": peak}
 
@@ -100,24 +108,24 @@ def compared(found: Found, peaks: dict[str, float]) -> Table:
 
 
 def stages(title: str, found: Found, peaks: dict[str, float], tokens: int) -> Table:
-    """Where SAFE's and PPO's time goes."""
-    rows = []
-    for stage in STAGES:
-        safe, ppo = (median(found[name], stage) for name in ("SAFE", "PPO"))
-        share = safe / median(found["SAFE"], "whole")
-        rows.append([stage, f"{1e3 * safe:.1f}", f"{1e3 * ppo:.1f}", f"{100 * share:.1f} %"])
-    whole = {name: median(found[name], "whole") for name in ("SAFE", "PPO")}
-    ratio = f"{whole['SAFE'] / whole['PPO']:.3f} of PPO's"
-    rows.append(["whole", *(f"{1e3 * x:.1f}" for x in whole.values()), ratio])
-    for label, place in (("p50", 50), ("p95", 95)):
-        walls = [
-            statistics.quantiles([u["wall"] for u in found[name]], n=100)[place - 1]
-            for name in whole
-        ]
-        rows.append([f"wall clock, {label}", *(f"{1e3 * wall:.1f}" for wall in walls), ""])
-    rows.append(["response tokens a second", *(f"{tokens / x:.0f}" for x in whole.values()), ""])
-    rows.append(["peak memory, GiB", *(f"{peaks[name]:.2f}" for name in whole), ""])
-    return Table(title, ["stage", "SAFE, ms", "PPO, ms", "share of SAFE"], rows)
+    """Where each loop's time goes."""
+
+    def row(name: str, cells: Iterable[float], decimals: int = 0) -> list[str]:
+        return [name, *(f"{cell:.{decimals}f}" for cell in cells)]
+
+    whole = {name: median(updates, "whole") for name, updates in found.items()}
+    rows = [row(s, (1e3 * median(u, s) for u in found.values()), 1) for s in STAGES]
+    rows.append(row("whole", (1e3 * x for x in whole.values()), 1))
+    rows.append(row("whole, of SAFE's", (x / whole["SAFE"] for x in whole.values()), 3))
+    walls = {
+        name: statistics.quantiles([update["wall"] for update in updates], n=100)
+        for name, updates in found.items()
+    }
+    for place in (50, 95):
+        rows.append(row(f"wall clock, p{place}", (1e3 * w[place - 1] for w in walls.values())))
+    rows.append(row("response tokens a second", (tokens / x for x in whole.values())))
+    rows.append(row("peak memory, GiB", (peaks[name] for name in found), 2))
+    return Table(title, ["ms", *found], rows)
 
 
 def main() -> None:
@@ -133,14 +141,13 @@ def main() -> None:
         loop, model, updates = given.run
         print(json.dumps(run(loop, model, int(updates))))
         return
-    found, peaks = interleaved(TRAINERS, "tiny", updates=given.updates, rounds=given.rounds)
+    found, peaks = interleaved(ON_TINY, "tiny", updates=given.updates, rounds=given.rounds)
     tokens = trainers.ROWS * trainers.RESPONSE
-    tables = [compared(found, peaks), stages("Stages, tiny model", found, peaks, tokens)]
+    ours = {name: found[name] for name in ON_TINY if name != "TRL"}
+    tables = [compared(found, peaks), stages("Stages, tiny model", ours, peaks, tokens)]
     for table in tables:
         print(table.markdown(), flush=True)
-    found, peaks = interleaved(
-        ("SAFE", "PPO"), "demo", updates=given.demo_updates, rounds=given.rounds
-    )
+    found, peaks = interleaved(ON_DEMO, "demo", updates=given.demo_updates, rounds=given.rounds)
     tables.append(stages("Stages, SmolLM2-135M (the demo)", found, peaks, tokens))
     write_results("step", tables, given.output)
 

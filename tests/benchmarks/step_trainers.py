@@ -2,12 +2,15 @@
 
 import dataclasses
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -17,6 +20,7 @@ from transformers import (
 
 from examples.lm_rlhf import train
 from examples.lm_rlhf.config import Config, smollm2_135m, tiny
+from safe_ops import TokenLogProbs, token_log_probs
 from safe_rl import (
     ControllerModule,
     KLBaseline,
@@ -25,6 +29,7 @@ from safe_rl import (
     PPOLoss,
     SAFELoss,
     SoftMinGAE,
+    causal_lm,
 )
 from safe_rl.integrations.transformers import Sampler
 from tests.benchmarks.stopwatch import Stopwatch, Update
@@ -85,10 +90,29 @@ def demo_config() -> Config:
     return dataclasses.replace(smollm2_135m(), threads=1)
 
 
-def ours(config: Config, *, algorithm: str, updates: int, output: Path) -> list[Update]:
+def made_logits(
+    states: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    *,
+    bias: Tensor | None,
+    mask: Tensor,
+    temperature: float,
+) -> TokenLogProbs:
+    """What ``linear_log_probs`` spares."""
+    logits = torch.nn.functional.linear(states, weight, bias)
+    scored = token_log_probs(logits, tokens, temperature=temperature)
+    return TokenLogProbs(*(torch.where(mask, x, 0.0) for x in scored))
+
+
+def ours(
+    config: Config, *, algorithm: str, make_logits: bool, updates: int, output: Path
+) -> list[Update]:
     """The example's loop."""
     config = dataclasses.replace(config, algorithm=algorithm, steps=updates)
-    with Stopwatch() as watch:
+    with Stopwatch() as watch, ExitStack() as patches:
+        if make_logits:
+            patches.enter_context(patch.object(causal_lm, "linear_log_probs", made_logits))
         watch.stage(Sampler, "sample", "sampling")
         watch.stage(train, "score", "scoring")
         for module in (PolicyMeasurements, ControllerModule):
