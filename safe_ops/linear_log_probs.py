@@ -42,7 +42,8 @@ def linear_log_probs(
         weight: [V, H], of the head.
         tokens: [...], int64, in [0, V) where ``mask`` is True.
         bias: [V], of the head; -inf bans a token.
-        mask: bool [...], True = counts; None: all count.
+        mask: bool [...], True = counts; None: all count. On an accelerator a mask costs one wait
+            for the number of rows that count.
         temperature: Of the sampling; divides the logits. Positive.
         block_size: Entries of the vocabulary that are worked on together; None: 4096. Another one
             rounds in another way.
