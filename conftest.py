@@ -12,6 +12,11 @@ from safe_ops import set_compile_backend
 # environment of its own (Makefile), and elsewhere what imports one cannot be collected.
 OTHERS = {
     "trl": ["examples/trl_beta.py", "tests/safe_rl/integrations/test_trl.py"],
+    "verl": [
+        "safe_rl/integrations/verl.py",
+        "examples/verl_controller.py",
+        "tests/safe_rl/integrations/test_verl.py",
+    ],
 }
 collect_ignore = [
     path for library, paths in OTHERS.items() if find_spec(library) is None for path in paths
