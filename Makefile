@@ -9,7 +9,7 @@ STAMP  := $(VENV)/.installed
 
 # Trainers of others: each has an environment of its own, constraints-NAME.txt and
 # tests/safe_rl/integrations/test_NAME.py.
-OTHERS := trl verl
+OTHERS := trl verl openrlhf
 
 TABLE  := runs/table
 # glibc gives large blocks back to the system at every free and gets them back page by page: keeping

@@ -17,6 +17,7 @@ OTHERS = {
         "examples/verl_controller.py",
         "tests/safe_rl/integrations/test_verl.py",
     ],
+    "openrlhf": ["tests/safe_rl/integrations/test_openrlhf.py"],
 }
 collect_ignore = [
     path for library, paths in OTHERS.items() if find_spec(library) is None for path in paths

@@ -153,6 +153,20 @@ def test_no_reward_is_a_measurement_that_is_held(run, tmp_path, algorithm, monke
     assert (state["step"], state["non_finite"]) == (0, 2)
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_safe_law_gets_kl_entropy_and_reward(run, tmp_path, algorithm, monkeypatch):
+    monkeypatch.setattr(example, "AdaptiveKL", lambda **gains: EntropyGatedKL(coef=1.0))
+    monkeypatch.setattr(example, "BetaCallback", partial(BetaCallback, coef="kl_coef"))
+    # Two optimizer steps to a batch: the reward is in the log of the first alone.
+    trainer = run(tmp_path, algorithm, "--steps", 40, steps_per_generation=2, logging_steps=1)
+    state = trainer.state.stateful_callbacks["controller"]
+    assert (state["step"], state["non_finite"]) == (20, 0)
+    betas = [row["beta"] for row in rows(trainer)]
+    assert betas[0] == pytest.approx(LEAST_BETA)
+    assert trainer.beta == state["kl_coef"]
+    assert max(betas) > 0.1
+
+
 # --- construction -------------------------------------------------------------------------------
 
 
