@@ -42,7 +42,8 @@ def linear_log_probs(
         weight: [V, H], of the head.
         tokens: [...], int64, in [0, V) where ``mask`` is True.
         bias: [V], of the head; -inf bans a token.
-        mask: bool [...], True = counts; None: all count.
+        mask: bool [...], True = counts; None: all count. On an accelerator a mask costs one wait
+            for the number of rows that count.
         temperature: Of the sampling; divides the logits. Positive.
         block_size: Entries of the vocabulary that are worked on together; None: 4096. Another one
             rounds in another way.
@@ -99,7 +100,7 @@ def _forward(
     results = [torch.zeros(len(tokens), dtype=dtype, device=hidden.device) for _ in range(4)]
     scale = torch.tensor(1 / temperature, dtype=dtype, device=hidden.device)
     tile = None
-    for chunk in blocks.row_chunks(hidden, mask, block_size):
+    for chunk in blocks.row_chunks(hidden, mask, blocks.tile_rows(hidden, block_size)):
         tile = tile or blocks.Tile(hidden, weight, chunk.padded, block_size)
         states = chunk.take(hidden, tile.dtype)
         ids = chunk.take(tokens, torch.int64)
@@ -149,7 +150,7 @@ def _backward(
     d_hidden, d_weight, d_bias = _empty_grads(hidden, weight, bias, needed)
     scale = torch.tensor(1 / temperature, dtype=dtype, device=hidden.device)
     tile = None
-    for chunk in blocks.row_chunks(hidden, mask, block_size):
+    for chunk in blocks.row_chunks(hidden, mask, blocks.tile_rows(hidden, block_size)):
         first = tile is None
         tile = tile or blocks.Tile(hidden, weight, chunk.padded, block_size)
         states = chunk.take(hidden, tile.dtype)

@@ -9,6 +9,7 @@ floor3 = mm + dH + dW. Peak memory beyond inputs and returned gradients, a fresh
 """
 
 import argparse
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -99,54 +100,83 @@ def peak(shape: str, dtype: torch.dtype, key: tuple[str, str], scale: int) -> fl
     return (peak_bytes(partial(run, problem)) - returned) / 2**20
 
 
-def ratio_table(dtype: str, shapes: list[str], rounds: int) -> Table:
-    columns = {shape: ratios(shape, dtype, rounds) for shape in shapes}
-    rows = [
-        [*key, *(f"{columns[shape][key]:.2f}" for shape in shapes)]
-        for key in next(iter(columns.values()))
-    ]
-    return Table(f"Head, {dtype}: CPU time of one thread", ["figure", "by", *shapes], rows)
-
-
-def peak_table(dtype: str, shapes: list[str], scales: list[int]) -> Table:
-    """Every run at the shape itself; ours at more tokens too."""
+def parts_of(dtype: str, shapes: list[str], scales: list[int]) -> list[tuple[str, ...]]:
+    """What is measured apart: the ratios of a shape, the peak of a run at a number of tokens."""
     timed_both = [key for key in RUNS if key[0] in (BOTH, FROZEN, FUSED, KL_BOTH)]
-    runs = [(key, 1) for key in timed_both]
-    runs += [((figure, "ours"), scale) for figure in (BOTH, FUSED, KL_BOTH) for scale in scales]
-    rows = []
-    for key, scale in runs:
-        cells = [
-            f"{json_of_fresh_process(__spec__.name, '--peak', shape, dtype, *key, str(scale)):.0f}"
-            for shape in shapes
+    peaks = [(*key, "1") for key in timed_both]
+    peaks += [(figure, "ours", str(s)) for figure in (BOTH, FUSED, KL_BOTH) for s in scales]
+    return [("ratios", dtype, shape) for shape in shapes] + [
+        ("peak", dtype, shape, *peak) for peak in peaks for shape in shapes
+    ]
+
+
+def measured(part: tuple[str, ...], rounds: int) -> dict[str, float]:
+    """One part, in a process of its own."""
+    return json_of_fresh_process(__spec__.name, "--rounds", str(rounds), "--part", *part)
+
+
+def tables(found: dict[tuple[str, ...], dict[str, float]], dtype: str) -> list[Table]:
+    """The parts of one dtype."""
+    shapes = [shape for kind, of, shape, *_ in found if kind == "ratios" and of == dtype]
+    ratio_rows = [
+        [*name.split(" | "), *(f"{found['ratios', dtype, s][name]:.2f}" for s in shapes)]
+        for name in found["ratios", dtype, shapes[0]]
+    ]
+    peaks = dict.fromkeys(
+        part[3:] for part in found if part[:2] == ("peak", dtype) and part[2] == shapes[0]
+    )
+    peak_rows = [
+        [
+            key[0].split(" / ")[0],
+            *key[1:],
+            *(f"{found['peak', dtype, s, *key]['MiB']:.0f}" for s in shapes),
         ]
-        rows.append([key[0].split(" / ")[0], key[1], str(scale), *cells])
-    title = f"Head, {dtype}: peak memory, MiB beyond inputs and returned gradients"
-    return Table(title, ["of", "by", "times the tokens", *shapes], rows)
+        for key in peaks
+    ]
+    memory = f"Head, {dtype}: peak memory, MiB beyond inputs and returned gradients"
+    return [
+        Table(f"Head, {dtype}: CPU time of one thread", ["figure", "by", *shapes], ratio_rows),
+        Table(memory, ["of", "by", "times the tokens", *shapes], peak_rows),
+    ]
 
 
 def main() -> None:
-    """Measure, print and write."""
+    """Measure, print and write; what a folder already holds is not measured again."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, help="folder for head.json")
+    parser.add_argument("--output", type=Path, help="folder for head.json and its parts")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--scales", nargs="*", type=int, default=[4, 16])
-    parser.add_argument("--peak", nargs=5, metavar=("SHAPE", "DTYPE", "FIGURE", "BY", "SCALE"))
+    parser.add_argument("--part", nargs="+", metavar="WORD", help="one part, as JSON")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    if given.peak:
-        shape, dtype, figure, by, scale = given.peak
-        print(peak(shape, getattr(torch, dtype), (figure, by), int(scale)))
+    if given.part:
+        kind, dtype, shape, *rest = given.part
+        if kind == "ratios":
+            result = {" | ".join(k): v for k, v in ratios(shape, dtype, given.rounds).items()}
+        else:
+            figure, by, scale = rest
+            result = {"MiB": peak(shape, getattr(torch, dtype), (figure, by), int(scale))}
+        print(json.dumps(result))
         return
-    tables = []
+    parts = given.output / "head.parts.jsonl" if given.output else None
+    found: dict[tuple[str, ...], dict[str, float]] = {}
+    if parts is not None and parts.exists():
+        found = {tuple(key): result for key, result in map(json.loads, parts.open())}
     for dtype in given.dtypes:
         # One thread of bfloat16 is slow; its figures are asked for at S.
         shapes = given.shapes if dtype == "float32" else given.shapes[:1]
-        tables.append(ratio_table(dtype, shapes, given.rounds))
-        print(tables[-1].markdown(), flush=True)
-        tables.append(peak_table(dtype, shapes, given.scales if dtype == "float32" else []))
-    write_results("head", tables, given.output)
+        for part in parts_of(dtype, shapes, given.scales if dtype == "float32" else []):
+            if part in found:
+                continue
+            found[part] = measured(part, given.rounds)
+            print(*part, found[part], flush=True)
+            if parts is not None:
+                parts.parent.mkdir(parents=True, exist_ok=True)
+                with parts.open("a") as file:
+                    file.write(json.dumps([part, found[part]]) + "\n")
+    write_results("head", [t for d in given.dtypes for t in tables(found, d)], given.output)
 
 
 if __name__ == "__main__":
