@@ -9,7 +9,8 @@ import torch
 from safe_ops import set_compile_backend
 
 # Trainers of others pin versions that do not fit ours, or each other: each is installed in an
-# environment of its own (Makefile), and elsewhere what imports one cannot be collected.
+# environment of its own (Makefile), as are the peers of the benchmarks, and elsewhere what imports
+# one cannot be collected.
 OTHERS = {
     "trl": ["examples/trl_beta.py", "tests/safe_rl/integrations/test_trl.py"],
     "verl": [
@@ -18,6 +19,7 @@ OTHERS = {
         "tests/safe_rl/integrations/test_verl.py",
     ],
     "openrlhf": ["tests/safe_rl/integrations/test_openrlhf.py"],
+    "cut_cross_entropy": ["tests/benchmarks/bench_head.py", "tests/benchmarks/head_peers.py"],
 }
 collect_ignore = [
     path for library, paths in OTHERS.items() if find_spec(library) is None for path in paths
