@@ -7,12 +7,16 @@ SEED   ?= 0
 OUTPUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)-seed$(SEED)
 STAMP  := $(VENV)/.installed
 
+# Trainers of others: each has an environment of its own, constraints-NAME.txt and
+# tests/safe_rl/integrations/test_NAME.py.
+OTHERS := trl verl openrlhf
+
 TABLE  := runs/table
 # glibc gives large blocks back to the system at every free and gets them back page by page: keeping
 # them takes 15 % of an update. Other systems ignore the names.
 KEEP   := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296
 
-.PHONY: demo demo-table test test-slow lint bench clean
+.PHONY: demo demo-table test test-slow $(OTHERS:%=test-%) lint bench clean
 
 demo: $(STAMP)
 	$(KEEP) $(BIN)/python -m examples.lm_rlhf.train --seed $(SEED) $(if $(STEPS),--steps $(STEPS)) --output $(OUTPUT)
@@ -29,8 +33,11 @@ demo-table: $(STAMP)
 test: $(STAMP) lint
 	$(BIN)/python -m pytest -m "not slow" --doctest-modules safe_ops safe_rl examples tests
 
-test-slow: $(STAMP)
+test-slow: $(STAMP) $(OTHERS:%=test-%)
 	$(BIN)/python -m pytest -m slow tests
+
+$(OTHERS:%=test-%): test-%: .venv-%/.installed
+	.venv-$*/bin/python -m pytest -m slow tests/safe_rl/integrations/test_$*.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -45,17 +52,6 @@ bench: .venv-bench/.installed $(BENCHES:%=runs/bench/%.json)
 runs/bench/%.json: | .venv-bench/.installed
 	.venv-bench/bin/python -W ignore -m tests.benchmarks.bench_$* --output runs/bench
 
-# The peers, on top of what is in .venv: that is found by a .pth file and not copied. verl's wheel
-# carries a package called tests, which would hide ours.
-PURELIB := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
-.venv-bench/.installed: constraints-bench.txt $(STAMP)
-	test -x .venv-bench/bin/python || $(BIN)/python -m venv .venv-bench
-	echo "import site; site.addsitedir('$$($(BIN)/python $(PURELIB))')" \
-		> "$$(.venv-bench/bin/python $(PURELIB))/base.pth"
-	.venv-bench/bin/pip install --quiet --no-deps -r constraints-bench.txt
-	rm -rf "$$(.venv-bench/bin/python $(PURELIB))/tests"
-	touch $@
-
 # The stamp is newer than what it was made from, so a second call installs nothing.
 $(STAMP): constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -63,5 +59,18 @@ $(STAMP): constraints.txt pyproject.toml
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $(STAMP)
 
+# Other libraries, on top of what is in .venv: that is found by a .pth file and not copied; a package
+# installed here comes before the same one there. Some wheels carry a package called tests, which
+# would hide ours.
+PURELIB := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
+LAYERS  := $(OTHERS:%=.venv-%) .venv-bench
+$(LAYERS:%=%/.installed): .venv-%/.installed: constraints-%.txt $(STAMP)
+	test -x .venv-$*/bin/python || $(BIN)/python -m venv .venv-$*
+	echo "import site; site.addsitedir('$$($(BIN)/python $(PURELIB))')" \
+		> "$$(.venv-$*/bin/python $(PURELIB))/base.pth"
+	.venv-$*/bin/pip install --quiet --no-deps -r constraints-$*.txt
+	rm -rf "$$(.venv-$*/bin/python $(PURELIB))/tests"
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-bench build *.egg-info
+	rm -rf $(VENV) $(LAYERS) build *.egg-info

@@ -118,29 +118,47 @@ def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, weight.dtype)
 
 
+def tile_rows(hidden: Tensor, block_size: int) -> int:
+    """Rows whose tile of logits, and whose hidden states, take TILE_BYTES."""
+    width = max(block_size, hidden.shape[1])
+    return whole_tiles(TILE_BYTES // (4 * width))
+
+
+def whole_tiles(rows: int) -> int:
+    """Rows rounded down to whole tiles; at least one."""
+    return max(rows // ROW_TILE, 1) * ROW_TILE
+
+
 def row_chunks(
-    hidden: Tensor, mask: Tensor | None, block_size: int, *, rows: int | None = None
+    hidden: Tensor, mask: Tensor | None, rows: int, *, first: int | None = None
 ) -> Iterator[RowChunk]:
-    """The rows that count, as many at a time as the tile has room for."""
-    if rows is None:
-        width = max(block_size, hidden.shape[1])
-        rows = max(TILE_BYTES // (4 * width) // ROW_TILE, 1) * ROW_TILE
-    if mask is None:
-        total = hidden.shape[0]
-        pieces = [slice(i, min(i + rows, total)) for i in range(0, total, rows)]
-        sizes = [piece.stop - piece.start for piece in pieces]
-    else:
-        kept = mask.nonzero().squeeze(1)
-        pieces = kept.split(rows) if len(kept) else []
-        sizes = [len(piece) for piece in pieces]
-    for piece, count in zip(pieces, sizes, strict=True):
-        yield RowChunk(piece, count, -(-count // ROW_TILE) * ROW_TILE)
+    """The rows that count, so many at a time; ``first``: so many in the first chunk."""
+    kept = None if mask is None else mask.nonzero().squeeze(1)
+    total = hidden.shape[0] if kept is None else len(kept)
+    start, size = 0, first or rows
+    while start < total:
+        piece = slice(start, min(start + size, total))
+        count = piece.stop - start
+        padded = -(-count // ROW_TILE) * ROW_TILE
+        yield RowChunk(piece if kept is None else kept[piece], count, padded)
+        start, size = piece.stop, rows
 
 
 class Tile:
-    """A buffer for one block of logits of one chunk, made once for all of them."""
+    """A buffer for one block of logits of one chunk, made once for all of them.
 
-    def __init__(self, hidden: Tensor, weight: Tensor, rows: int, block_size: int) -> None:
+    ``memory``, contiguous and of the logits' dtype, is used in the place of memory of its own.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        rows: int,
+        block_size: int,
+        *,
+        memory: Tensor | None = None,
+    ) -> None:
         self.dtype = product_dtype(hidden, weight)
         # The products of half-precision inputs are summed in float32. CUDA can hand these sums
         # out; a CPU can only round them, as the model's own head does.
@@ -149,7 +167,9 @@ class Tile:
         if self.keeps_sums:
             self.logits_dtype = torch.float32
         size = rows * min(block_size, weight.shape[0])
-        self._flat = torch.empty(size, dtype=self.logits_dtype, device=hidden.device)
+        if memory is None:
+            memory = torch.empty(size, dtype=self.logits_dtype, device=hidden.device)
+        self._flat = memory.view(-1)[:size]
 
     def logits(self, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """[rows, entries]: states [rows, H] times weight [entries, H], plus bias [entries]."""

@@ -150,7 +150,7 @@ def _forward(
     results = [hidden.new_zeros(hidden.shape[0], dtype=dtype) for _ in range(5)]
     scale = torch.tensor(1 / temperature, dtype=dtype, device=hidden.device)
     tiles = None
-    for chunk in blocks.row_chunks(hidden, mask, block_size):
+    for chunk in blocks.row_chunks(hidden, mask, blocks.tile_rows(hidden, block_size)):
         tiles = tiles or (
             blocks.Tile(hidden, weight, chunk.padded, block_size),
             blocks.Tile(ref_hidden, ref_weight, chunk.padded, block_size),
@@ -206,7 +206,7 @@ def _backward(
     grads = blocks.empty_grads(inputs, needed)
     scale = torch.tensor(1 / temperature, dtype=dtype, device=hidden.device)
     tiles = None
-    for chunk in blocks.row_chunks(hidden, mask, block_size):
+    for chunk in blocks.row_chunks(hidden, mask, blocks.tile_rows(hidden, block_size)):
         first = tiles is None
         tiles = tiles or (
             blocks.Tile(hidden, weight, chunk.padded, block_size),

@@ -100,7 +100,7 @@ def _forward(
     results = [torch.zeros(len(tokens), dtype=dtype, device=hidden.device) for _ in range(4)]
     scale = torch.tensor(1 / temperature, dtype=dtype, device=hidden.device)
     tile = None
-    for chunk in blocks.row_chunks(hidden, mask, block_size):
+    for chunk in blocks.row_chunks(hidden, mask, blocks.tile_rows(hidden, block_size)):
         tile = tile or blocks.Tile(hidden, weight, chunk.padded, block_size)
         states = chunk.take(hidden, tile.dtype)
         ids = chunk.take(tokens, torch.int64)
@@ -150,7 +150,7 @@ def _backward(
     d_hidden, d_weight, d_bias = _empty_grads(hidden, weight, bias, needed)
     scale = torch.tensor(1 / temperature, dtype=dtype, device=hidden.device)
     tile = None
-    for chunk in blocks.row_chunks(hidden, mask, block_size):
+    for chunk in blocks.row_chunks(hidden, mask, blocks.tile_rows(hidden, block_size)):
         first = tile is None
         tile = tile or blocks.Tile(hidden, weight, chunk.padded, block_size)
         states = chunk.take(hidden, tile.dtype)

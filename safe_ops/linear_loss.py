@@ -31,7 +31,8 @@ def linear_loss(
     Where the loss needs nothing that comes after the head, the logits of a few tokens at a time,
     over the whole vocabulary, serve both the value and the gradients: three matrix products
     instead of the four of ``linear_log_probs`` and its backward. The logits of a chunk are at most
-    48 MiB, or those of 16 tokens.
+    48 MiB, or those of 16 tokens; those of the first H tokens lie in the memory that is to become
+    the gradient of ``weight``, since a small chunk costs one pass over that gradient.
 
     Not for ``torch.compile(fullgraph=True)``: ``token_loss`` is a Python function that is
     differentiated on the way. ``linear_log_probs`` is for that.
@@ -100,16 +101,10 @@ class _LinearLoss(torch.autograd.Function):
             dtype = blocks.arithmetic_dtype(hidden, weight)
             loss = torch.zeros((), dtype=dtype, device=hidden.device)
             scale = torch.tensor(1 / temperature, dtype=dtype, device=hidden.device)
-            size = blocks.product_dtype(hidden, weight).itemsize
-            rows = LOGITS_BYTES // (size * weight.shape[0]) // blocks.ROW_TILE * blocks.ROW_TILE
-            rows = max(rows, blocks.ROW_TILE)
             parts = list(blocks.vocabulary_blocks(weight, block_size))
-            tiles: list[blocks.Tile] = []
-            for chunk in blocks.row_chunks(hidden, mask, block_size, rows=rows):
-                first = not tiles
-                tiles = tiles or [
-                    blocks.Tile(hidden, weight[part], chunk.padded, block_size) for part in parts
-                ]
+            store = _LogitStore(hidden, weight, d_weight, parts, block_size)
+            for chunk in blocks.row_chunks(hidden, mask, store.rows, first=store.first_rows):
+                tiles = store.tiles(chunk)
                 states = chunk.take(hidden, tiles[0].dtype)
                 ids = chunk.take(tokens, torch.int64)
                 logits = []
@@ -133,7 +128,7 @@ class _LinearLoss(torch.autograd.Function):
                     if needed[0]:
                         blocks.add_product(d_states, z, weight[part].to(tiles[0].dtype))
                     if needed[1]:
-                        blocks.write_product(d_weight[part], z.t(), states, first=first)
+                        store.write_gradient(d_weight[part], z, states)
                 if needed[0]:
                     chunk.put(d_hidden, d_states)
         ctx.grads = blocks.only_needed((d_hidden, d_weight), needed)
@@ -152,6 +147,68 @@ class _LinearLoss(torch.autograd.Function):
         )
         ctx.grads = None
         return d_hidden, d_weight, *[None] * 6
+
+
+class _LogitStore:
+    """Where the logits of a chunk lie, over the whole vocabulary, and the gradient's way out.
+
+    The first chunk has up to H rows: a block of its logits fits where the same block of the
+    weight's gradient will be. That block's product goes through a buffer. Other chunks lie in tiles
+    of 48 MiB together.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        d_weight: Tensor,
+        parts: list[slice],
+        block_size: int,
+    ) -> None:
+        self._inputs = hidden, weight, block_size
+        self._parts = parts
+        self._d_weight = d_weight
+        self._in_gradient = self._fits_in_gradient()
+        self._buffer: Tensor | None = None
+        self._tiles: list[blocks.Tile] = []
+        self._first = True
+        size = blocks.product_dtype(hidden, weight).itemsize
+        self.rows = blocks.whole_tiles(LOGITS_BYTES // (size * weight.shape[0]))
+        self.first_rows = blocks.whole_tiles(weight.shape[1]) if self._in_gradient else self.rows
+
+    def _fits_in_gradient(self) -> bool:
+        hidden, weight, block_size = self._inputs
+        like = blocks.Tile(hidden, weight[:0], 0, block_size)
+        return (
+            self._d_weight.shape == weight.shape
+            and self._d_weight.dtype == like.logits_dtype
+            and weight.shape[1] >= blocks.ROW_TILE
+        )
+
+    def tiles(self, chunk: blocks.RowChunk) -> list[blocks.Tile]:
+        """One for each block of the vocabulary."""
+        hidden, weight, size = self._inputs
+        self._first = not self._tiles and self._buffer is None
+        if self._first and self._in_gradient:
+            block = min(size, weight.shape[0])
+            self._buffer = torch.empty_like(self._d_weight[:block])
+            return [
+                blocks.Tile(hidden, weight[p], chunk.padded, size, memory=self._d_weight[p])
+                for p in self._parts
+            ]
+        self._tiles = self._tiles or [
+            blocks.Tile(hidden, weight[part], chunk.padded, size) for part in self._parts
+        ]
+        return self._tiles
+
+    def write_gradient(self, target: Tensor, z: Tensor, states: Tensor) -> None:
+        """target (+)= z.T @ states, where z may lie in the target."""
+        if not (self._first and self._buffer is not None):
+            blocks.write_product(target, z.t(), states, first=self._first)
+            return
+        product = self._buffer[: len(target)]
+        torch.mm(z.t(), states, out=product)
+        target.copy_(product)
 
 
 def _slopes_of(

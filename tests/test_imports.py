@@ -87,12 +87,28 @@ def test_import_safe_ops_loads_nothing_higher() -> None:
 
 
 def test_import_safe_rl_loads_no_integration() -> None:
-    code = "import sys, safe_rl; print(*(n for n in sys.modules if n.startswith('safe_rl.')))"
+    code = (
+        "import sys, safe_rl; [getattr(safe_rl, name) for name in safe_rl.__all__]\n"
+        "print(*(name for name in sys.modules if name.startswith('safe_rl.')))"
+    )
     loaded = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout.split()
     assert "safe_rl.keys" in loaded
     assert not [name for name in loaded if under(name, "safe_rl.integrations")]
+
+
+def test_adapters_need_no_torchrl() -> None:
+    # verl's newest tensordict is too old for it.
+    code = (
+        "import sys, safe_rl.integrations.kl_coefficient\n"
+        "print(*{name.split('.')[0] for name in sys.modules})"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.split()
+    assert "safe_rl" in loaded
+    assert not HIGHER & set(loaded)
 
 
 # --- the scan itself ----------------------------------------------------------------------------
