@@ -67,7 +67,7 @@ class ModelDecoder:
         self.language_model = language_model
         # Logits of the whole prompt are many and not needed, where a model can leave them out.
         signature = inspect.signature(language_model.forward)
-        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in signature.parameters else {}
+        self._last_only = "logits_to_keep" in signature.parameters
         self.cache = DynamicCache(config=language_model.config)
 
     @property
@@ -81,13 +81,18 @@ class ModelDecoder:
 
     def extend(self, tokens: Tensor, position: Tensor, visible: Tensor) -> Tensor:
         """Read more tokens; the logits after the last, [B, V]."""
+        # An index, not the number 1: the model's own slice is not contiguous, and for such an input
+        # a CPU's linear layer copies the whole head once per row. At 3B, bfloat16 and 4 rows that
+        # took 2.3 GiB and 38 s of CPU where the product takes 0.06.
+        length = tokens.shape[1]
+        last = torch.arange(length - 1, length, device=tokens.device)
         result = self.language_model(
             input_ids=tokens,
             attention_mask=visible.long(),
             position_ids=position,
             past_key_values=self.cache,
             use_cache=True,
-            **self._last_only,
+            **({"logits_to_keep": last} if self._last_only else {}),
         )
         return result.logits[:, -1]
 

@@ -5,6 +5,8 @@ import itertools
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from safe_rl.integrations.cached_decoding import shared_start
 from safe_rl.integrations.transformers import Sampled, Sampler, draw
@@ -245,6 +247,29 @@ def test_work_is_done_once_and_only_for_rows_that_go_on(build) -> None:
     # The shared start once, the rest of each prompt, then one token for each row that goes on.
     going = [(int((lengths > step).sum()), 1) for step in range(1, int(lengths.max()))]
     assert seen == [(1, 12), (7, 5), *going]
+
+
+class LargestTensor(TorchDispatchMode):
+    """How many numbers the largest tensor holds that an operation returns, views included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        made = [x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        self.numbers = max(self.numbers, *made, 0)
+        return result
+
+
+@pytest.mark.parametrize("build", [models.llama, models.qwen2, models.gpt_neox])
+def test_the_head_is_never_copied_for_each_row(build) -> None:
+    # Frozen, as below adapters: torch copies no weight that is trained.
+    model = build(vocabulary=512).requires_grad_(False)
+    with LargestTensor() as largest:
+        sample(Sampler(model, merged=False), SHARED, max_new_tokens=2)
+    assert largest.numbers == 512 * models.SIZES["hidden_size"]  # the head itself, transposed
 
 
 def test_a_sliding_window_shares_nothing() -> None:
