@@ -141,7 +141,7 @@ def load_checkpoint(path: str | os.PathLike[str], parts: Mapping[str, Stateful])
         ValueError: the file is cut or is none of ours, its parts have other names, or one of them
             does not fit.
     """
-    step, states = _read(path)
+    step, states = read_checkpoint(path)
     if set(states) != set(parts):
         raise ValueError(
             f"checkpoint {path} holds {sorted(states)}, this run needs {sorted(parts)}"
@@ -159,8 +159,24 @@ def load_checkpoint(path: str | os.PathLike[str], parts: Mapping[str, Stateful])
     return step
 
 
-def _read(path: str | os.PathLike[str]) -> tuple[int, dict[str, Any]]:
-    """The step and the states in the file, whose parts are not looked at yet."""
+def read_checkpoint(path: str | os.PathLike[str]) -> tuple[int, dict[str, Any]]:
+    """Updates done and the state of each part, which no part has been given yet.
+
+    Args:
+        path: What ``save_checkpoint`` wrote. Only tensors and plain values are unpickled.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is cut or is none of ours.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_checkpoint(f"{folder}/checkpoint.pt", 3, {"layer": torch.nn.Linear(1, 1)})
+        ...     step, states = read_checkpoint(f"{folder}/checkpoint.pt")
+        >>> step, list(states["layer"])
+        (3, ['weight', 'bias'])
+    """
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

@@ -1,7 +1,7 @@
 """What may skip, shorten or undo an update: finite checks, trust region, monitor, roll-back."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from examples.lm_rlhf.config import Config
 from safe_ops.controllers import Controller
-from safe_rl.checkpoints import Stateful
 from safe_rl.monitoring.interventions import (
     Interventions,
     LastGood,
@@ -32,7 +31,7 @@ class Guard:
         adapters: Parameters of the policy.
         optimizer: Its learning rates are scaled.
         controller: Its law's threshold is scaled.
-        parts: What goes back with a roll-back.
+        good: What goes back with a roll-back.
     """
 
     def __init__(
@@ -42,12 +41,12 @@ class Guard:
         adapters: list[nn.Parameter],
         optimizer: torch.optim.Optimizer,
         controller: Controller,
-        parts: Mapping[str, Stateful],
+        good: LastGood,
     ) -> None:
         limit = config.trust_region_limit
         self.region = None if limit is None else PolicyTrustRegion(adapters, limit=limit)
         self.interventions = Interventions(config.monitor)
-        self.good = LastGood(parts)
+        self.good = good
         self.stop_reason: str | None = None
         self._optimizer = optimizer
         self._controller = controller

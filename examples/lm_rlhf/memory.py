@@ -192,7 +192,6 @@ def memory(
     prompt_width: int,
     gpus: int = 0,
     sharded: bool = False,
-    first_update: bool = False,
 ) -> Memory:
     """What one process of a run holds. Python and its libraries are not in it.
 
@@ -201,10 +200,9 @@ def memory(
         sizes: Of the model.
         prompt_width: Tokens, padding included.
         gpus: 0: everything on the CPU. Else of how many this is one: the minibatch and the rollout
-            are divided, the copy to roll back to lies on the host.
+            are divided.
         sharded: Weights, adapters, gradients and Adam are divided over the GPUs too, and gathered
             a layer at a time, the next while one computes.
-        first_update: The copy to roll back to has no Adam state yet.
 
     Raises:
         ValueError: the GPUs do not divide the minibatch, or there is nothing to shard over.
@@ -240,9 +238,6 @@ def memory(
         "critic and target critic": 8 * critic,
         "Adam": 8 * trained // over,
         "copy of the trust region": 4 * adapters // over if config.trust_region_limit else 0,
-        "copy to roll back to": (
-            0 if gpus else 4 * adapters + 8 * critic + (0 if first_update else 8 * trained)
-        ),
         # DistributedDataParallel reduces gradients in buckets of its own.
         "gradient buckets": 4 * trained if ranks > 1 and not sharded else 0,
     }
@@ -295,12 +290,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompt-width", type=int, default=32, help="tokens of a padded prompt")
     parser.add_argument("--gpus", type=int, default=0, help="0: all on the CPU")
     parser.add_argument("--sharded", action="store_true", help="weights divided over the GPUs")
-    parser.add_argument(
-        "--first-update", action="store_true", help="as it is before any checkpoint"
-    )
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     config = CONFIGS[given.pop("config")]()
-    names = ("prompt_width", "gpus", "sharded", "first_update")
+    names = ("prompt_width", "gpus", "sharded")
     options = {name: given.pop(name) for name in names}
     try:
         config = dataclasses.replace(config, **given)

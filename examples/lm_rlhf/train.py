@@ -47,6 +47,7 @@ from safe_rl.checkpoints import RandomStates, TrainableParameters, save_checkpoi
 from safe_rl.integrations.accelerate import PerRank, any_rank, mean_over_ranks, shard
 from safe_rl.integrations.transformers import Sampler
 from safe_rl.monitoring.audit import file_sha256, frozen_sha256
+from safe_rl.monitoring.interventions import LastGood
 from safe_rl.monitoring.progress import RunProgress
 from safe_rl.monitoring.report import write_report
 from safe_rl.monitoring.text_metrics import distinct_ngrams
@@ -200,18 +201,17 @@ def train(config: Config, output: Path, *, resume: bool) -> Path:
         "optimizer": optimizer,
         "controller": controller,
     }
-    guard = Guard(
-        config, adapters=adapters, optimizer=optimizer, controller=controller, parts=learnt
-    )
+    on_main = accelerator.is_main_process
+    good = LastGood(learnt, output, write=on_main)
+    guard = Guard(config, adapters=adapters, optimizer=optimizer, controller=controller, good=good)
     parts = learnt | {
         "interventions": guard.interventions,
-        "last_good": guard.good,
+        "last_good": good,
         "prompt_order": prompt_order,
         "random": PerRank(accelerator, RandomStates(order=order)),
     }
 
     # The run's folder: a new one, or one that is taken up again.
-    on_main = accelerator.is_main_process
     start = folder.load(parts, hashes) if resume else 0
     guard.apply_factors()
     accelerator.wait_for_everyone()
@@ -337,6 +337,7 @@ def train(config: Config, output: Path, *, resume: bool) -> Path:
                 guard.keep_if_well(step)
             if step % config.checkpoint_every == 0 or last or stopped:
                 save_checkpoint(folder.checkpoint, step, parts, write=on_main)
+                good.drop_older()
             clock["logging"] = time.perf_counter()
             if on_main:
                 folder.timing.write(timing_record(step - 1, clock))

@@ -1,7 +1,8 @@
 """From alarms to actions: the same decision on every rank, an event for each, resumable."""
 
-import copy
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from safe_ops.controllers import Controller, flatten_state
-from safe_rl.checkpoints import Stateful
+from safe_rl.checkpoints import Stateful, read_checkpoint, save_checkpoint
 from safe_rl.monitoring.monitor import REASONS, Action, Monitor
 
 Record = dict[str, Any]
@@ -157,63 +158,97 @@ class _Alarm(NamedTuple):
 
 
 class LastGood:
-    """The state of some parts when the run was last known to be well, to go back to.
+    """The state of some parts when the run was last known to be well, on disk, to go back to.
 
-    It is itself a part of the checkpoint, so one file holds both states and a resumed run goes back
-    to where an uninterrupted one would. Copies are on the CPU: with adapters and Adam three times
-    the adapters' size, in memory and again in the checkpoint.
+    It is itself a part of the checkpoint, which only says which file it is: a resumed run goes back
+    to where an uninterrupted one would. The older file is there until the next checkpoint is
+    written, so at every moment the one that the checkpoint names exists:
+
+        good.keep(step); save_checkpoint(..., {"last_good": good, ...}); good.drop_older()
+
+    With adapters and Adam a file is three times the adapters' size. It is in memory only in a
+    roll-back.
 
     Args:
         parts: By name; not the random generators, nor the order of the data: a run that goes back
             must not meet the same rollouts again.
+        folder: Where the files are, beside the checkpoint. Every rank reads them.
+        write: False on all ranks but one: they write and drop nothing.
 
     Example:
+        >>> import tempfile
         >>> layer = torch.nn.Linear(1, 1, bias=False)
-        >>> good = LastGood({"layer": layer})
-        >>> good.keep(0)
         >>> before = layer.weight.item()
-        >>> _ = layer.weight.data.fill_(float("nan"))
-        >>> good.restore(), layer.weight.item() == before
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     good = LastGood({"layer": layer}, folder)
+        ...     good.keep(0)
+        ...     _ = layer.weight.data.fill_(float("nan"))
+        ...     good.restore(), layer.weight.item() == before
         (0, True)
     """
 
-    def __init__(self, parts: Mapping[str, Stateful]) -> None:
+    def __init__(
+        self, parts: Mapping[str, Stateful], folder: str | os.PathLike[str], *, write: bool = True
+    ) -> None:
         self._parts = dict(parts)
+        self._folder = Path(folder)
+        self._write = write
         self._step = -1
-        self._states: dict[str, Any] = {}
+
+    @property
+    def path(self) -> Path:
+        """The file of the state that was kept."""
+        return self._file(self._step)
 
     def keep(self, step: int) -> None:
-        """Copy the state of every part, after ``step`` updates."""
-        self._states = {name: _on_cpu(part.state_dict()) for name, part in self._parts.items()}
+        """Write the state of every part, after ``step`` updates, whole or not at all."""
         self._step = step
+        save_checkpoint(self.path, step, self._parts, write=self._write)
+
+    def drop_older(self) -> None:
+        """Delete all other files: call it once the checkpoint names the present one."""
+        if self._write:
+            # With what a process left behind that was killed while it wrote.
+            for file in self._folder.glob("*last_good_*.pt*"):
+                if file != self.path:
+                    file.unlink()
 
     def restore(self) -> int:
         """Give every part that state back; returns the number of updates it is from.
 
         Raises:
             RuntimeError: Nothing was kept.
+            FileNotFoundError: The file is gone.
+            ValueError: The file is cut, or is not of these parts and this update.
         """
         if self._step < 0:
             raise RuntimeError("nothing was kept: call keep() before the first update")
+        step, states = read_checkpoint(self.path)
+        if step != self._step or set(states) != set(self._parts):
+            raise ValueError(
+                f"{self.path} must hold {sorted(self._parts)} after {self._step} updates, "
+                f"got {sorted(states)} after {step}"
+            )
         for name, part in self._parts.items():
-            # A part may go on working in the tensors that it is given.
-            part.load_state_dict(copy.deepcopy(self._states[name]))
-        return self._step
+            part.load_state_dict(states.pop(name))
+        return step
 
     def state_dict(self) -> dict[str, Any]:
-        """What was kept."""
-        return {"step": self._step, "states": self._states}
+        """Which file it is."""
+        return {"step": self._step}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take it back."""
-        self._step, self._states = state_dict["step"], dict(state_dict["states"])
+        """Take it back.
 
+        Raises:
+            ValueError: The file is not there.
+        """
+        step = state_dict["step"]
+        if step >= 0 and not self._file(step).is_file():
+            raise ValueError(
+                f"{self._file(step)} is missing, the state to go back to: it must lie there"
+            )
+        self._step = step
 
-def _on_cpu(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: _on_cpu(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_on_cpu(inner) for inner in value)
-    return copy.deepcopy(value)
+    def _file(self, step: int) -> Path:
+        return self._folder / f"last_good_{step:08d}.pt"

@@ -126,7 +126,7 @@ LADDER = Monitor(
 )
 
 
-def test_the_run_goes_back_to_where_it_was_well(tmp_path: Path, run, configured) -> None:
+def test_the_run_goes_back_to_where_it_was_well(tmp_path: Path, run, configured, capsys) -> None:
     configured(monitor=LADDER, steps=6, policy_learning_rate=0.02)
     whole = tmp_path / "whole"
     assert run(whole) == 0
@@ -147,6 +147,13 @@ def test_the_run_goes_back_to_where_it_was_well(tmp_path: Path, run, configured)
     assert alarms[-1]["step"] == 5
     parts = torch.load(whole / "checkpoint.pt", weights_only=True)["parts"]
     assert not parts["interventions"]["monitor"]["kl_runaway__alarm__active"]
+    # One state to go back to, and a run that has lost it does not go on.
+    (good,) = whole.glob("*last_good*")
+    assert good.name == f"last_good_{parts['last_good']['step']:08d}.pt"
+    good.unlink()
+    capsys.readouterr()
+    assert run(whole, "--resume", "--steps", "7") == 2
+    assert f"{good} is missing" in capsys.readouterr().err
     page = (whole / "report.html").read_text()
     assert "roll_back" in page
     assert audit_log(whole / "log.jsonl").chain in page

@@ -86,7 +86,8 @@ def test_the_run_leaves_one_log_and_a_report(runs: Runs) -> None:
     timing = RunLog.read(runs.whole / "timing.jsonl")
     assert [record["step"] for record in timing] == [0, 1, 2]
     names = {path.name for path in runs.whole.iterdir()}
-    assert names == {"checkpoint.pt", "log.jsonl", "timing.jsonl", "report.html", "report.png"}
+    states = {"checkpoint.pt", "last_good_00000000.pt"}
+    assert names == states | {"log.jsonl", "timing.jsonl", "report.html", "report.png"}
 
 
 def test_both_ranks_hold_the_same_weights_and_controller(runs: Runs) -> None:

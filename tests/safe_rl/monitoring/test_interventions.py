@@ -158,10 +158,10 @@ def step(layer, optimizer):
     optimizer.step()
 
 
-def test_going_back_restores_parameters_and_optimizer_again_and_again():
+def test_going_back_restores_parameters_and_optimizer_again_and_again(tmp_path):
     layer, optimizer = trained()
     step(layer, optimizer)
-    good = LastGood({"layer": layer, "optimizer": optimizer})
+    good = LastGood({"layer": layer, "optimizer": optimizer}, tmp_path)
     good.keep(1)
     ends = []
     for _ in range(3):
@@ -173,24 +173,86 @@ def test_going_back_restores_parameters_and_optimizer_again_and_again():
     assert torch.equal(ends[0], ends[2])
 
 
-def test_what_was_kept_goes_through_a_checkpoint(tmp_path):
+def test_a_checkpoint_says_which_file_it_is_and_holds_none_of_it(tmp_path):
     layer, optimizer = trained()
-    good = LastGood({"layer": layer, "optimizer": optimizer})
+    good = LastGood({"layer": layer, "optimizer": optimizer}, tmp_path)
     good.keep(0)
     start = layer.weight.detach().clone()
     step(layer, optimizer)
     save_checkpoint(tmp_path / "c.pt", 1, {"good": good})
+    assert torch.load(tmp_path / "c.pt")["parts"]["good"] == {"step": 0}
     other, its_optimizer = trained()
     torch.nn.init.zeros_(other.weight)
-    resumed = LastGood({"layer": other, "optimizer": its_optimizer})
+    resumed = LastGood({"layer": other, "optimizer": its_optimizer}, tmp_path)
     load_checkpoint(tmp_path / "c.pt", {"good": resumed})
     assert resumed.restore() == 0
     assert torch.equal(other.weight, start)
 
 
-def test_there_must_be_something_to_go_back_to():
+def test_killed_between_two_files_a_run_goes_back_to_what_its_checkpoint_names(tmp_path):
+    layer, _ = trained()
+    good = LastGood({"layer": layer}, tmp_path)
+    good.keep(0)
+    save_checkpoint(tmp_path / "c.pt", 0, {"good": good})
+    start = layer.weight.detach().clone()
+    torch.nn.init.ones_(layer.weight)
+    good.keep(5)
+    (tmp_path / ".last_good_00000010.pt.tmp").write_bytes(b"half")
+    # Killed here: the checkpoint is that of update 0.
+    resumed = LastGood({"layer": layer}, tmp_path)
+    load_checkpoint(tmp_path / "c.pt", {"good": resumed})
+    assert resumed.restore() == 0
+    assert torch.equal(layer.weight, start)
+    resumed.drop_older()
+    assert {path.name for path in tmp_path.iterdir()} == {"c.pt", "last_good_00000000.pt"}
+
+
+def test_one_rank_writes_and_the_others_read(tmp_path):
+    mine, _ = trained()
+    layer = torch.nn.Linear(3, 2)
+    main = LastGood({"layer": mine}, tmp_path)
+    other = LastGood({"layer": layer}, tmp_path, write=False)
+    other.keep(4)
+    assert not any(tmp_path.iterdir())
+    main.keep(4)
+    other.drop_older()
+    assert other.restore() == 4
+    assert torch.equal(layer.weight, mine.weight)
+    other.keep(8)
+    other.drop_older()
+    assert [path.name for path in tmp_path.iterdir()] == ["last_good_00000004.pt"]
+
+
+def test_a_missing_file_is_named(tmp_path):
+    layer, _ = trained()
+    good = LastGood({"layer": layer}, tmp_path)
+    good.keep(3)
+    save_checkpoint(tmp_path / "c.pt", 3, {"good": good})
+    good.path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"last_good_00000003\.pt"):
+        good.restore()
+    resumed = LastGood({"layer": layer}, tmp_path)
+    with pytest.raises(ValueError, match=r"last_good_00000003\.pt is missing"):
+        load_checkpoint(tmp_path / "c.pt", {"good": resumed})
     with pytest.raises(RuntimeError, match="call keep"):
-        LastGood({}).restore()
+        resumed.restore()
+
+
+def test_the_file_of_another_update_is_refused(tmp_path):
+    layer, _ = trained()
+    good = LastGood({"layer": layer}, tmp_path)
+    good.keep(3)
+    save_checkpoint(good.path, 2, {"layer": layer})
+    with pytest.raises(ValueError, match=r"\['layer'\] after 3 updates, got \['layer'\] after 2"):
+        good.restore()
+    save_checkpoint(good.path, 3, {"critic": layer})
+    with pytest.raises(ValueError, match=r"got \['critic'\] after 3"):
+        good.restore()
+
+
+def test_there_must_be_something_to_go_back_to(tmp_path):
+    with pytest.raises(RuntimeError, match="call keep"):
+        LastGood({}, tmp_path).restore()
 
 
 # --- finiteness ---------------------------------------------------------------------------------
