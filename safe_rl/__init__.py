@@ -1,5 +1,6 @@
 """Objectives, advantages and controllers on TensorDict batches."""
 
+from safe_rl.actor_critic import ActorCritic, Scores
 from safe_rl.advantages import KLReward, SoftMinGAE
 from safe_rl.causal_lm import CausalLMActorCritic
 from safe_rl.controllers import ControllerModule, PolicyMeasurements
@@ -15,6 +16,7 @@ from safe_rl.objectives import (
 )
 
 __all__ = [
+    "ActorCritic",
     "CausalLMActorCritic",
     "ClippedPolicyLoss",
     "ControllerModule",
@@ -24,6 +26,7 @@ __all__ = [
     "PPOLoss",
     "PolicyMeasurements",
     "SAFELoss",
+    "Scores",
     "SoftMinCritic",
     "SoftMinGAE",
     "SoftMinValueLoss",

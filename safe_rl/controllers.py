@@ -14,7 +14,14 @@ from torch import Tensor
 from safe_ops import kl_k1, masked_sum
 from safe_ops.controllers import Controller
 from safe_ops.controllers.base import ControlLaw, flatten_state
-from safe_rl.keys import RESPONSE_MASK, RESPONSE_TOKENS_MEAN, KeyedModule, read, read_per_token
+from safe_rl.keys import (
+    RESPONSE_MASK,
+    RESPONSE_TOKENS_MEAN,
+    KeyedModule,
+    read,
+    read_mask,
+    read_per_token,
+)
 
 
 def sum_over_ranks(*values: Tensor) -> tuple[Tensor, ...]:
@@ -45,7 +52,8 @@ class PolicyMeasurements(KeyedModule):
     Reads ``old_log_prob``, ``ref_log_prob``, ``entropy``, ``response_mask`` [B, T] and ``score``
     [B]; writes ``("measurements", "kl" | "entropy" | "reward")`` in nats per token and reward
     per sequence, and ``response_tokens_mean``, the objectives' denominator, all float32 and
-    expanded to the batch.
+    expanded to the batch. In a batch of an environment, [N] or [B, T], an entry is a step, so give
+    ``score`` expanded to it, the same in all the steps it speaks of.
 
     Raises:
         ValueError: a key is missing or of the wrong shape.
@@ -94,15 +102,16 @@ class PolicyMeasurements(KeyedModule):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the measurements."""
         keys = self.tensor_keys
-        mask = read(tensordict, keys.response_mask)
+        mask = read_mask(tensordict, keys.response_mask, like=keys.old_log_prob)
         old, ref, entropy = (
             read_per_token(tensordict, key, mask).double()
             for key in (keys.old_log_prob, keys.ref_log_prob, keys.entropy)
         )
         score = read(tensordict, keys.score)
-        if score.numel() != mask[..., 0].numel():
+        entries = tensordict.numel() if tensordict.batch_size else mask[..., 0].numel()
+        if score.numel() != entries:
             raise ValueError(
-                f"{keys.score!r} must hold one score per sequence, "
+                f"{keys.score!r} must hold one score per entry of the batch, "
                 f"got {tuple(score.shape)} and mask {tuple(mask.shape)}"
             )
         kl, entropy_sum, tokens, score_sum, rows = sum_over_ranks(

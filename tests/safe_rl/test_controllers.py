@@ -7,8 +7,9 @@ import torch.distributed as dist
 from tensordict import TensorDict
 from torch.testing import assert_close
 
+from safe_ops import kl_surrogate_token
 from safe_ops.controllers import AdaptiveKL, Controller, EntropyGatedKL
-from safe_rl import ControllerModule, PolicyMeasurements, SAFELoss
+from safe_rl import ControllerModule, GatedKLLoss, PolicyMeasurements, SAFELoss
 from safe_rl.advantages import whiten_over_ranks
 from safe_rl.controllers import one_of, sum_over_ranks
 from tests.safe_rl.objectives.batches import TinyNetwork, make_batch, total
@@ -87,10 +88,34 @@ def test_missing_keys(key):
         PolicyMeasurements()(scored_batch().exclude(key))
 
 
+def test_steps_of_an_environment_need_no_mask():
+    """[B, T] as a collector gives them, flattened to frames: the same numbers and the same loss."""
+    generator = torch.Generator().manual_seed(0)
+    steps = {
+        key: torch.randn(2, 6, generator=generator)
+        for key in ("log_prob", "old_log_prob", "ref_log_prob", "entropy", "advantage")
+    }
+    rows = TensorDict(steps | {"score": torch.full((2, 6), 3.0)}, [2, 6])
+    rows = ControllerModule(EntropyGatedKL(coef=1.0))(PolicyMeasurements()(rows))
+    assert_close(rows["measurements", "kl"], (rows["old_log_prob"] - rows["ref_log_prob"]).mean()
+                 .expand(2, 6))  # fmt: skip
+    assert rows["measurements", "reward"].unique().tolist() == [3.0]
+    frames = rows.reshape(-1)
+    again = PolicyMeasurements()(frames.exclude("measurements"))
+    assert_close(again["measurements"].to_dict(), frames["measurements"].to_dict())
+    loss = GatedKLLoss(surrogate=kl_surrogate_token)
+    expected = loss(rows)
+    assert_close(loss(frames).to_dict(), expected.to_dict())
+    shares = torch.stack([loss(part)["loss_kl"] for part in frames.split(4)])
+    assert_close(shares.mean(), expected["loss_kl"])
+
+
 def test_a_score_per_token_is_refused():
     batch = scored_batch()
     batch["score"] = torch.zeros(4, 5)
-    with pytest.raises(ValueError, match=r"one score per sequence, got \(4, 5\) and mask \(4, 5\)"):
+    with pytest.raises(
+        ValueError, match=r"one score per entry of the batch, got \(4, 5\) and mask \(4, 5\)"
+    ):
         PolicyMeasurements()(batch)
 
 
@@ -109,18 +134,19 @@ def test_the_module_does_what_the_law_does():
 def test_the_batch_feeds_the_loss():
     """Controller to objective by keys alone, in a batch [B] and in one [B, T]."""
     losses = []
-    for size in ([4], [4, 5]):
-        batch = ControllerModule(EntropyGatedKL())(PolicyMeasurements()(scored_batch()))
-        shared = {
-            "kl_coef": torch.tensor(0.7),
-            "response_tokens_mean": batch["response_tokens_mean"][0],
-        }
-        tensors = {k: v for k, v in batch.items() if k in SAFELoss().in_keys and k not in shared}
-        laid_out = TensorDict(tensors, size)
-        for key, value in shared.items():
-            laid_out[key] = value.expand(size)
-        losses.append(total(SAFELoss()(laid_out)))
-    assert_close(losses[0], losses[1])
+    for size in (torch.Size([4]), torch.Size([4, 5])):
+        given = scored_batch()
+        given["ref_log_prob"] = given["ref_log_prob"] - 1
+        per_token = {key: v for key, v in given.items() if v.shape[: len(size)] == size}
+        batch = TensorDict(per_token, size)
+        batch["score"] = given["score"].reshape(4, *[1] * (len(size) - 1)).expand(size)
+        batch = ControllerModule(EntropyGatedKL(coef=1.0))(PolicyMeasurements()(batch))
+        assert batch["kl_coef"].shape == size
+        # Tokens of an entry: of a sequence, or whether a step counts.
+        assert_close(batch["response_tokens_mean"], torch.full(size, 13 / size.numel()))
+        losses.append(SAFELoss()(batch))
+    assert losses[0]["loss_kl"] != 0
+    assert_close(losses[0].to_dict(), losses[1].to_dict())
 
 
 def test_another_law_names_its_own_keys():

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from tensordict import TensorDict
+from tensordict import TensorDict, lazy_stack
 from torch.testing import assert_close
 
 from safe_ops import kl_surrogate_token
@@ -237,6 +237,128 @@ def test_an_empty_batch_of_padding_costs_nothing(make):
         result = make()(given)
         assert all(torch.isfinite(value) for value in result.values())
         assert total(result) == 0
+
+
+@every
+def test_a_response_of_no_tokens_counts_nothing(make):
+    """As a row of its own: the sums stay, and only the mean over rows would know of it."""
+    batch = make_batch()
+    batch["response_mask"][2] = False
+    kept = batch[torch.tensor([0, 1, 3])]
+    for given in (batch, kept):
+        given.pop("response_tokens_mean")
+    found, expected = make()(batch), make()(kept)
+    assert all(torch.isfinite(value) for value in found.values())
+    assert_close(found.to_dict(), expected.to_dict())
+
+
+@every
+def test_reductions(make):
+    batch = make_batch()
+    mask = batch["response_mask"]
+    mean, summed, each = (make(reduction=how)(batch) for how in ("mean", "sum", "none"))
+    losses = [key for key in mean.keys() if key.startswith("loss_")]  # noqa: SIM118
+    for key in losses:
+        assert each[key].shape == mask.shape
+        assert not each[key][~mask].any()
+        assert_close(each[key].sum(), summed[key])
+        assert_close(summed[key] / mask.sum(), mean[key])
+    assert_close(summed.exclude(*losses).to_dict(), mean.exclude(*losses).to_dict())
+    later = make()
+    later.reduction = "none"
+    assert_close(later(batch).to_dict(), each.to_dict())
+    with pytest.raises(ValueError, match="reduction must be 'mean', 'sum' or 'none', got 'avg'"):
+        make(reduction="avg")
+
+
+@every
+def test_out_keys_can_be_selected(make):
+    loss = make()
+    first = loss.out_keys[0]
+    expected = loss(make_batch())[first]
+    loss.select_out_keys(first)
+    assert list(loss(make_batch()).keys()) == [first]
+    assert_close(loss(**{key: make_batch()[key] for key in loss.in_keys}), expected)
+
+
+STEP_ENTRIES = ("log_prob", "old_log_prob", "ref_log_prob", "entropy", "advantage", "value_target")
+
+
+def flat(batch: TensorDict) -> TensorDict:
+    """The tokens that count, as frames [N] of an environment, without a mask."""
+    mask = batch["response_mask"]
+    frames = {key: batch[key][mask] for key in (*STEP_ENTRIES, "state_values", "old_state_values")}
+    frames["kl_baseline"] = batch["kl_baseline"][mask]
+    for key in ("kl_coef", "kl_threshold", "entropy_gate"):
+        frames[key] = batch[key][0].expand(int(mask.sum()))
+    return TensorDict(frames, [int(mask.sum())])
+
+
+@every
+def test_frames_need_no_mask(make):
+    loss, batch = make(), make_batch().exclude("response_tokens_mean")
+    sequences = [part for part in (loss, *loss.modules()) if getattr(part, "surrogate", None)]
+    if any(part.surrogate is not kl_surrogate_token for part in sequences):
+        with pytest.raises(ValueError, match=r"must be \[B, T\], got \(13,\).*kl_surrogate_token"):
+            loss(flat(batch))
+        for part in sequences:
+            part.surrogate = kl_surrogate_token
+    assert_close(loss(flat(batch)).to_dict(), loss(batch).to_dict())
+    steps = TensorDict({key: torch.stack([v, v]) for key, v in flat(batch).items()}, [2, 13])
+    assert_close(loss(steps).to_dict(), loss(batch).to_dict())
+
+
+def ragged(batch: TensorDict) -> TensorDict:
+    """Row by row, each as long as it is: what collectors of language models stack lazily."""
+    rows = []
+    for row, length in zip(batch.unbind(0), LENGTHS, strict=True):
+        cut = {
+            key: value[:length] if value.ndim and value.shape[0] == 5 else value
+            for key, value in row.items()
+            if key != "tokens"
+        }
+        rows.append(TensorDict(cut, []))
+    return lazy_stack(rows)
+
+
+@every
+def test_lazily_stacked_ragged_batches(make):
+    loss, batch = make(), make_batch()
+    expected = loss(batch).to_dict()
+    assert_close(loss(ragged(batch)).to_dict(), expected)
+    one = lazy_stack([row.unsqueeze(0) for row in ragged(batch).unbind(0)])
+    assert one.batch_size == (4, 1)
+    assert_close(loss(one).to_dict(), expected)
+    moved = ragged(batch)
+    for name in vars(loss.tensor_keys):
+        if moved.get(name, None, as_list=True) is not None:
+            moved.rename_key_(name, ("elsewhere", name))
+            loss.set_keys(**{name: ("elsewhere", name)})
+    assert_close(loss(moved).to_dict(), expected)
+
+
+@every
+def test_a_ragged_batch_with_an_empty_response(make):
+    loss, batch = make(), make_batch()
+    batch["response_mask"][1] = False
+    batch.pop("response_tokens_mean")
+    rows = list(ragged(batch).unbind(0))
+    rows[1] = TensorDict(
+        {key: value[:0] if value.ndim else value for key, value in rows[1].items()}, []
+    )
+    assert_close(loss(lazy_stack(rows)).to_dict(), loss(batch).to_dict())
+
+
+@every
+def test_trajectories_as_batch_dimensions_need_no_mask(make):
+    """Environments' trajectories of unequal length: [T] each, so the lengths say what counts."""
+    loss, batch = make(), make_batch().exclude("response_tokens_mean")
+    rows = []
+    for row in ragged(batch).unbind(0):
+        length = int(row["response_mask"].sum())
+        steps = {key: v if v.ndim else v.expand(length) for key, v in row.items()}
+        rows.append(TensorDict(steps, [length]).exclude("response_mask"))
+    assert_close(loss(lazy_stack(rows)).to_dict(), loss(batch).to_dict())
 
 
 @every
