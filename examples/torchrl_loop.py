@@ -22,7 +22,7 @@ from tensordict.nn import (
     TensorDictModule,
     TensorDictSequential,
 )
-from torch import Tensor, nn
+from torch import nn
 from torchrl.collectors import BaseCollector, Collector
 from torchrl.envs import EnvBase, GymWrapper, RewardScaling, RewardSum, TransformedEnv
 from torchrl.objectives import ClipPPOLoss, LossModule
@@ -37,6 +37,7 @@ from safe_rl import (
     SAFELoss,
     Scores,
     SoftMinGAE,
+    total_loss,
 )
 
 EPISODES = 20
@@ -172,18 +173,13 @@ def learn(
             for minibatch in minibatches(batch, task.minibatch):
                 losses = learner.loss(minibatch)
                 optimizer.zero_grad()
-                sum_of_losses(losses).backward()
+                total_loss(losses).backward()
                 nn.utils.clip_grad_norm_(learner.loss.parameters(), 0.5)
                 optimizer.step()
         learner.after()
         collector.update_policy_weights_()
         logged = {} if losses is None else {k: float(v.detach().mean()) for k, v in losses.items()}
         yield frames, mean, logged
-
-
-def sum_of_losses(losses: TensorDictBase) -> Tensor:
-    """The ``loss_*`` entries, without the diagnostics beside them."""
-    return torch.stack([value for key, value in losses.items() if key.startswith("loss_")]).sum()
 
 
 def train(task: Task, name: str, seed: int) -> tuple[int | None, float]:

@@ -1,11 +1,12 @@
 """Objectives, advantages and controllers on TensorDict batches."""
 
 from safe_rl.actor_critic import ActorCritic, Scores
-from safe_rl.advantages import KLReward, SoftMinGAE
+from safe_rl.advantages import SoftMinGAE
 from safe_rl.causal_lm import CausalLMActorCritic
 from safe_rl.controllers import ControllerModule, PolicyMeasurements
 from safe_rl.critic import SoftMinCritic
 from safe_rl.kl_baseline import KLBaseline
+from safe_rl.kl_reward import KLReward
 from safe_rl.objectives import (
     ClippedPolicyLoss,
     GatedKLLoss,
@@ -13,6 +14,7 @@ from safe_rl.objectives import (
     SAFELoss,
     SoftMinValueLoss,
     TokenKLLoss,
+    total_loss,
 )
 
 __all__ = [
@@ -31,4 +33,5 @@ __all__ = [
     "SoftMinGAE",
     "SoftMinValueLoss",
     "TokenKLLoss",
+    "total_loss",
 ]

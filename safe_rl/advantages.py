@@ -1,4 +1,4 @@
-"""Advantages from pessimistic values, and rewards with the KL in them."""
+"""Advantages from pessimistic values."""
 
 from dataclasses import dataclass
 
@@ -13,16 +13,13 @@ from safe_ops import (
     AdvantageEstimate,
     fill_masked,
     generalized_advantage_estimate,
-    kl_shaped_reward,
     masked_sum,
     soft_min,
 )
 from safe_rl.controllers import sum_over_ranks
 from safe_rl.keys import (
     RESPONSE_MASK,
-    KeyedModule,
     at_least_float32,
-    read_coefficient,
     read_heads,
     read_mask,
     read_per_token,
@@ -64,8 +61,9 @@ class SoftMinGAE(ValueEstimatorBase):
 
     Raises:
         ValueError: a value is out of range, a key is missing or of the wrong shape, nothing tells
-            which dimension is time, or a truncated row has no value to bootstrap from (in a
-            compiled graph, which cannot look at values, such a row becomes NaN).
+            which dimension is time, a row ends only where the mask is False, or a truncated row
+            has no value to bootstrap from (in a compiled graph, which cannot look at values, such a
+            row becomes NaN).
 
     Source: Schulman et al. (arXiv 1506.02438); SAFE (arXiv 2602.04651).
 
@@ -170,6 +168,7 @@ class SoftMinGAE(ValueEstimatorBase):
         reward = read_per_token(tensordict, keys.reward, mask)
         terminated = read_per_token(tensordict, keys.terminated, mask)
         truncated = self._truncated(tensordict, mask, terminated)
+        self._check_ends(mask, terminated | truncated, time)
         heads, following = self._values(
             tensordict, mask, truncated & ~terminated, time, params, target_params
         )
@@ -248,6 +247,18 @@ class SoftMinGAE(ValueEstimatorBase):
                 "trajectory or frames of many: give time_dim=0, or a batch [B, T]"
             )
         return mask.ndim - 1
+
+    def _check_ends(self, mask: Tensor, ends: Tensor, time: int) -> None:
+        """A row that ends, and only where nothing counts, has lost its last token."""
+        if torch.compiler.is_compiling():
+            return
+        lost = mask.any(time) & ends.any(time) & ~(ends & mask).any(time)
+        if lost.any():
+            raise ValueError(
+                f"{int(lost.sum())} rows end where {self.tensor_keys.response_mask!r} is False: a "
+                "mask of `token != pad` drops the EOS where pad and EOS are one token; make it by "
+                "position, see safe_rl.rollouts.response_mask"
+            )
 
     def _truncated(self, batch: TensorDictBase, mask: Tensor, terminated: Tensor) -> Tensor:
         keys = self.tensor_keys
@@ -344,63 +355,3 @@ def whiten_over_ranks(x: Tensor, mask: Tensor, *, eps: float = 1e-8) -> Tensor:
     (square,) = sum_over_ranks(masked_sum(centred.square(), mask))
     whitened = centred * torch.rsqrt(square / count.clamp_min(1) + eps)
     return fill_masked(whitened, mask).to(x.dtype)
-
-
-class KLReward(KeyedModule):
-    """Takes the KL off the reward, token by token, for PPO.
-
-        reward_t <- reward_t - kl_reward_coef * k1_t
-
-    Reads ``reward`` [B, T, 1], ``old_log_prob``, ``ref_log_prob``, ``response_mask`` [B, T] and
-    ``kl_reward_coef`` [B]. Rewrites ``reward``, so call it once a rollout;
-    ``set_keys(shaped_reward=...)`` writes elsewhere.
-
-    Raises:
-        ValueError: a key is missing or of the wrong shape.
-
-    Source: Ziegler et al. (arXiv 1909.08593).
-
-    Example:
-        >>> from tensordict import TensorDict
-        >>> one = torch.ones(1, 1)
-        >>> batch = TensorDict({"reward": one, "old_log_prob": -one, "ref_log_prob": -2 * one,
-        ...     "kl_reward_coef": torch.tensor([0.25]), "response_mask": one.bool()}, [1])
-        >>> KLReward()(batch)["reward"].squeeze()
-        tensor(0.7500)
-    """
-
-    @dataclass
-    class _AcceptedKeys:
-        reward: NestedKey = "reward"
-        old_log_prob: NestedKey = "old_log_prob"
-        ref_log_prob: NestedKey = "ref_log_prob"
-        kl_reward_coef: NestedKey = "kl_reward_coef"
-        response_mask: NestedKey = RESPONSE_MASK
-        shaped_reward: NestedKey = "reward"
-
-    default_keys = _AcceptedKeys
-
-    def _set_in_out_keys(self) -> None:
-        keys = self.tensor_keys
-        self.in_keys = [
-            keys.reward,
-            keys.old_log_prob,
-            keys.ref_log_prob,
-            keys.kl_reward_coef,
-            keys.response_mask,
-        ]
-        self.out_keys = [keys.shaped_reward]
-
-    @dispatch
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Write the shaped reward, [B, T, 1]."""
-        keys = self.tensor_keys
-        mask = read_mask(tensordict, keys.response_mask, like=keys.reward)
-        shaped = kl_shaped_reward(
-            read_per_token(tensordict, keys.reward, mask),
-            read_per_token(tensordict, keys.old_log_prob, mask),
-            read_per_token(tensordict, keys.ref_log_prob, mask),
-            mask=mask,
-            coef=fill_masked(read_coefficient(tensordict, keys.kl_reward_coef, mask), mask),
-        )
-        return tensordict.set(keys.shaped_reward, shaped.unsqueeze(-1))

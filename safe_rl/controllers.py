@@ -56,7 +56,8 @@ class PolicyMeasurements(KeyedModule):
     ``score`` expanded to it, the same in all the steps it speaks of.
 
     Raises:
-        ValueError: a key is missing or of the wrong shape.
+        ValueError: a key is missing or of the wrong shape, or the first token of every row has a
+            log-prob of 0 where its entropy says otherwise.
 
     Example:
         >>> from tensordict import TensorDict
@@ -107,6 +108,7 @@ class PolicyMeasurements(KeyedModule):
             read_per_token(tensordict, key, mask).double()
             for key in (keys.old_log_prob, keys.ref_log_prob, keys.entropy)
         )
+        self._check_first_tokens(old, entropy, mask)
         score = read(tensordict, keys.score)
         entries = tensordict.numel() if tensordict.batch_size else mask[..., 0].numel()
         if score.numel() != entries:
@@ -130,6 +132,26 @@ class PolicyMeasurements(KeyedModule):
             # Of nothing there is no mean: NaN, which the laws refuse and count.
             tensordict.set(key, (total / count).float().expand(tensordict.batch_size))
         return tensordict
+
+    def _check_first_tokens(self, old: Tensor, entropy: Tensor, mask: Tensor) -> None:
+        """TorchRL's generating path reports 0 for the first token of every response."""
+        if torch.compiler.is_compiling() or mask.ndim < 2 or mask.shape[-1] == 0:
+            return
+        rows = mask.any(-1)
+        first = mask.int().argmax(-1, keepdim=True)
+        certain = old.gather(-1, first).squeeze(-1)[rows] == 0
+        uncertain = entropy.gather(-1, first).squeeze(-1)[rows]
+        # Certain tokens have no entropy; in half precision a likely one may round to 0 too.
+        if certain.numel() and certain.all() and uncertain.mean() > CERTAIN:
+            raise ValueError(
+                f"{self.tensor_keys.old_log_prob!r} is 0 at the first token of every row, where "
+                f"the entropy is {float(uncertain.mean()):.2g} nats: log-probs of the generating "
+                "path of TorchRL; score the responses again, see Scores"
+            )
+
+
+CERTAIN = 0.5
+"""Nats of entropy above which no token has a log-prob of 0."""
 
 
 class ControllerModule(TensorDictModuleBase):

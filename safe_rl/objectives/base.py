@@ -234,3 +234,22 @@ class Objective(LossModule):
         if tokens_mean.ndim == 0:
             count = count * (math.prod(mask.shape[:-1]) if mask.ndim > 1 else mask.shape[0])
         return masked_sum(per_token, mask) / count.clamp_min(torch.finfo(count.dtype).tiny)
+
+
+def total_loss(losses: TensorDictBase) -> Tensor:
+    """The sum of the ``loss_*`` entries: what to differentiate.
+
+    ``losses.mean(reduce=True)``, as TorchRL's examples for language models have it, averages the
+    diagnostics into the loss.
+
+    Raises:
+        ValueError: there is no such entry.
+
+    Example:
+        >>> total_loss(TensorDict({"loss_a": torch.tensor(1.0), "kl": torch.tensor(9.0)}, []))
+        tensor(1.)
+    """
+    found = [value for key, value in losses.items() if key.startswith("loss_")]
+    if not found:
+        raise ValueError(f"losses must hold loss_* entries, got {sorted(losses.keys())}")
+    return torch.stack(found).sum()

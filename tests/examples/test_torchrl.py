@@ -12,7 +12,7 @@ import torch
 from tensordict import TensorDict
 
 from examples import torchrl_cartpole, torchrl_pendulum
-from examples.torchrl_loop import LEARNERS, gym_environment, main, minibatches, sum_of_losses, train
+from examples.torchrl_loop import LEARNERS, gym_environment, main, minibatches, train
 
 ROOT = Path(__file__).parents[2]
 TASKS = {"cartpole": torchrl_cartpole.TASK, "pendulum": torchrl_pendulum.TASK}
@@ -78,11 +78,6 @@ def test_minibatches_hold_every_frame_once():
     assert [len(part) for part in parts] == [4, 4, 2]
     assert torch.cat(parts).sort().values.tolist() == list(range(10))
     assert torch.cat(parts).tolist() != list(range(10))
-
-
-def test_the_diagnostics_are_not_in_the_loss():
-    losses = {"loss_a": torch.tensor(1.0), "loss_b": torch.tensor(2.0), "kl": torch.tensor(9.0)}
-    assert sum_of_losses(TensorDict(losses, [])) == 3
 
 
 @pytest.mark.slow

@@ -444,6 +444,22 @@ def test_missing_keys(key):
         SoftMinGAE()(rollout().exclude(key))
 
 
+def test_a_mask_that_lost_the_eos_is_refused():
+    """`token != pad` with pad == EOS: the row ends, and is paid, where nothing counts."""
+    batch = rollout()
+    last = batch["terminated"].squeeze(-1)
+    batch["response_mask"] = batch["response_mask"] & ~last
+    # The row of one token has none left, and nothing to say.
+    message = r"3 rows end where 'response_mask' is False.*token != pad"
+    with pytest.raises(ValueError, match=message):
+        SoftMinGAE()(batch)
+    batch["terminated"][1:] = False
+    with pytest.raises(ValueError, match="1 rows end"):
+        SoftMinGAE()(batch)
+    batch["terminated"][:] = False
+    SoftMinGAE()(batch)
+
+
 def test_errors():
     with pytest.raises(ValueError, match="temperature must be positive"):
         SoftMinGAE(temperature=0.0)

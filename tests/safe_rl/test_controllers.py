@@ -65,6 +65,19 @@ def test_a_rollout_of_nothing_measures_nothing():
     assert module.controller.state.non_finite == 1
 
 
+def test_first_tokens_of_torchrls_generating_path_are_refused():
+    batch = scored_batch()
+    batch["old_log_prob"][:, 0], batch["entropy"][:, 0] = 0.0, 1.0
+    with pytest.raises(ValueError, match=r"'old_log_prob' is 0 at the first token .*see Scores"):
+        PolicyMeasurements()(batch.clone())
+    # One row that is certain of its token is no such thing, nor are all without entropy.
+    some = batch.clone()
+    some["old_log_prob"][0, 0] = -0.1
+    PolicyMeasurements()(some)
+    batch["entropy"][:, 0] = 0.0
+    PolicyMeasurements()(batch)
+
+
 def test_many_small_tokens_are_summed_in_float64():
     shape = (64, 4096)
     small = torch.full(shape, 0.1, dtype=torch.bfloat16)

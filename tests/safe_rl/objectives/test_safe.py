@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tensordict import TensorDict
 from torch.testing import assert_close
 
 from safe_rl import (
@@ -11,6 +12,7 @@ from safe_rl import (
     SAFELoss,
     SoftMinValueLoss,
     TokenKLLoss,
+    total_loss,
 )
 from tests.safe_rl.objectives.batches import TinyNetwork, make_batch, total
 
@@ -94,3 +96,20 @@ def test_an_adam_step_lowers_each_loss():
         optimizer.step()
         values.append(value.item())
     assert values == sorted(values, reverse=True)
+
+
+def test_diagnostics_do_not_reach_the_gradient():
+    """TorchRL's `losses.mean(reduce=True)` has their values in it, and a factor, but no more."""
+    batch = make_batch(fresh=False)
+    gradients = []
+    for reduce in (total_loss, lambda losses: losses.mean(reduce=True)):
+        network = TinyNetwork()
+        losses = SAFELoss(network)(batch)
+        reduce(losses).backward()
+        gradients.append([p.grad for p in network.parameters()])
+    assert losses.mean(reduce=True) != total_loss(losses) / len(losses.keys())
+    for got, averaged in zip(*gradients, strict=True):
+        assert_close(averaged * len(losses.keys()), got)
+    assert_close(total_loss(losses), total(losses))
+    with pytest.raises(ValueError, match=r"must hold loss_\* entries, got \['kl'\]"):
+        total_loss(TensorDict({"kl": torch.zeros(())}, []))
