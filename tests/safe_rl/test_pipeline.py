@@ -2,25 +2,31 @@
 
 import pytest
 import torch
-from tensordict import TensorDict
+from tensordict import TensorDict, lazy_stack
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 from torch.testing import assert_close
 from torchrl.collectors import Collector
 from torchrl.modules import OneHotCategorical, ProbabilisticActor
 from torchrl.testing.mocking_classes import DiscreteActionVecMockEnv
+from transformers import LlamaForCausalLM
 
 from safe_ops import kl_surrogate_token
 from safe_ops.controllers import EntropyGatedKL
 from safe_rl import (
     ActorCritic,
+    CausalLMActorCritic,
+    ClippedPolicyLoss,
     ControllerModule,
     PolicyMeasurements,
     SAFELoss,
     Scores,
+    SoftMinCritic,
     SoftMinGAE,
 )
 from tests.safe_rl.objectives.batches import TinyNetwork, make_batch, total
+from tests.safe_rl.test_causal_lm import LENGTHS, PROMPTS, rollout
+from tests.tiny_models import llama_config
 
 DECISIONS = ("kl_threshold", "entropy_gate", "kl_momentum", "kl_coef")
 
@@ -97,8 +103,8 @@ def test_in_the_postproc_of_a_collector():
     )
     loss = SAFELoss(network, surrogate=kl_surrogate_token)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-    for rollout, batch in enumerate(collector, start=1):
-        assert controller.controller.state.step == rollout
+    for update, batch in enumerate(collector, start=1):
+        assert controller.controller.state.step == update
         for key in (*DECISIONS, "advantage", "value_target", "ref_log_prob"):
             assert batch[key].shape[:1] == (20,)
         assert_close(batch["old_log_prob"], batch["action_log_prob"])
@@ -106,7 +112,7 @@ def test_in_the_postproc_of_a_collector():
             optimizer.zero_grad()
             total(loss(minibatch)).backward()
             optimizer.step()
-    assert rollout == 3
+    assert update == 3
     assert controller.controller.state.step == 3
     collector.shutdown()
 
@@ -136,3 +142,42 @@ def test_the_loop_step_is_one_call(nested):
     )
     found = TensorDictSequential(measure, controller, loss)(batch)
     assert_close(found.to_dict(), expected.to_dict(), rtol=0, atol=0)
+
+
+def test_ragged_prompts_and_responses_of_a_language_model():
+    """Lazily stacked rows, unpadded, give what the packed batch gives: value and gradient."""
+    gradients, losses = [], []
+    packed = rollout(prompt_width=5)
+    rows = []
+    for row, prompt, length in zip(packed.unbind(0), PROMPTS, LENGTHS, strict=True):
+        rows.append(
+            TensorDict(
+                {
+                    "tokens": {
+                        "prompt": torch.tensor(prompt),
+                        "response": row["tokens", "response"][:length],
+                    },
+                    "prompt_mask": torch.ones(len(prompt), dtype=torch.bool),
+                    "response_mask": torch.ones(length, dtype=torch.bool),
+                },
+                [],
+            )
+        )
+    for batch in (packed.exclude("response_tokens_mean"), lazy_stack(rows)):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(llama_config(20)).eval()
+        network = CausalLMActorCritic(model, SoftMinCritic(16))
+        loss = ClippedPolicyLoss(network)
+        given = []
+        for row, length in zip(batch.unbind(0), LENGTHS, strict=True):
+            width = row["response_mask"].shape[0]
+            place = torch.arange(width) / 7
+            extra = {"old_log_prob": -2 - place, "advantage": 1 + place * length}
+            given.append(row.copy().update(extra))
+        result = loss(lazy_stack(given))
+        losses.append(result.detach().to_dict())
+        total(result).backward()
+        gradients.append(model.get_output_embeddings().weight.grad)
+    assert_close(losses[1], losses[0])
+    assert_close(gradients[1], gradients[0])
+    assert gradients[0].any()
