@@ -167,7 +167,7 @@ class SoftMinGAE(ValueEstimatorBase):
         time = self._time(mask, tensordict, self.time_dim if time_dim is None else time_dim)
         reward = read_per_token(tensordict, keys.reward, mask)
         terminated = read_per_token(tensordict, keys.terminated, mask)
-        truncated = self._truncated(tensordict, mask, terminated)
+        truncated = self._truncated(tensordict, mask)
         self._check_ends(mask, terminated | truncated, time)
         heads, following = self._values(
             tensordict, mask, truncated & ~terminated, time, params, target_params
@@ -260,10 +260,11 @@ class SoftMinGAE(ValueEstimatorBase):
                 "position, see safe_rl.rollouts.response_mask"
             )
 
-    def _truncated(self, batch: TensorDictBase, mask: Tensor, terminated: Tensor) -> Tensor:
+    def _truncated(self, batch: TensorDictBase, mask: Tensor) -> Tensor:
+        """Where ``done`` stands in, terminated steps are marked too, which changes nothing."""
         keys = self.tensor_keys
         if batch.get(keys.truncated, None) is None and batch.get(keys.done, None) is not None:
-            return read_per_token(batch, keys.done, mask) & ~terminated
+            return read_per_token(batch, keys.done, mask)
         return read_per_token(batch, keys.truncated, mask)
 
     def _values(

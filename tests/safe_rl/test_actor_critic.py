@@ -191,6 +191,14 @@ def test_entropy_without_a_formula_is_sampled():
     assert entropy.requires_grad
 
 
+def test_no_gradient_flows_into_the_action():
+    actor, _ = networks(continuous)
+    batch = frames(actor)
+    batch["action"] = batch["action"].detach().requires_grad_()
+    ActorCritic(actor)(batch)["log_prob"].sum().backward()
+    assert batch["action"].grad is None
+
+
 def test_an_actor_alone_under_the_clipped_loss():
     actor, _ = networks(discrete)
     loss = ClippedPolicyLoss(ActorCritic(actor))

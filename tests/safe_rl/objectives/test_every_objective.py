@@ -216,6 +216,15 @@ def test_without_the_rollouts_count_the_batch_counts_itself(make):
 
 
 @every
+def test_one_number_of_tokens_is_that_of_a_row(make):
+    batch = make_batch()
+    expected = make()(batch).to_dict()
+    loose = {key: value for key, value in batch.items() if key != "tokens"}
+    loose["response_tokens_mean"] = loose["response_tokens_mean"][0]
+    assert_close(make()(TensorDict(loose, [])).to_dict(), expected)
+
+
+@every
 def test_torchrls_masks_count_too(make):
     batch = make_batch()
     first = torch.tensor([True, False, False, True]).unsqueeze(-1).expand(4, 5)
