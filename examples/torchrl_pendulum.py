@@ -7,12 +7,13 @@ Needs gymnasium. Prints the frames until 20 episodes of 200 steps in a row had a
 return of -300; a policy that hangs or spins has about -1200.
 """
 
+import torch
 from tensordict.nn import (
     NormalParamExtractor,
     ProbabilisticTensorDictSequential,
     TensorDictModule,
 )
-from torch import nn
+from torch import Tensor, nn
 from torchrl.envs import EnvBase
 from torchrl.modules import MLP, IndependentNormal, ProbabilisticActor
 
@@ -38,9 +39,20 @@ def actor() -> ProbabilisticTensorDictSequential:
     )
 
 
+class Heads(nn.ModuleList):
+    """Networks of their own side by side, one value each."""
+
+    def forward(self, observation: Tensor) -> Tensor:
+        """[..., 3] -> [..., K]."""
+        return torch.cat([head(observation) for head in self], -1)
+
+
 def critic(heads: int) -> nn.Module:
-    """Values of an observation, one a head."""
-    return MLP(in_features=3, out_features=heads, num_cells=[64, 64], activation_class=nn.Tanh)
+    """Values of an observation, one a head, which share nothing."""
+    return Heads(
+        MLP(in_features=3, out_features=1, num_cells=[64, 64], activation_class=nn.Tanh)
+        for _ in range(heads)
+    )
 
 
 TASK = Task(
@@ -57,11 +69,7 @@ TASK = Task(
     entropy_coef=0.0,
     law=EntropyGatedKL(
         coef=1.0,
-        threshold=0.1,
-        threshold_lower=0.03,
-        threshold_upper=0.2,
-        threshold_rate=0.01,
-        # Differential entropy of a torque, which may be negative: the gate stays near 1.
+        # The threshold is the law's own. The entropy of a torque may be negative: a gate near 1.
         entropy_floor=0.5,
         gate_lower=1.0,
         gate_upper=2.0,
