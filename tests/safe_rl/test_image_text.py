@@ -17,9 +17,9 @@ from safe_rl import (
     SAFELoss,
     SoftMinCritic,
     SoftMinGAE,
+    total_loss,
 )
 from safe_rl.rollouts import left_pad, minibatches, pack_rollout, place_score
-from tests.safe_rl.objectives.batches import total
 from tests.tiny_models import llama_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -144,7 +144,7 @@ def test_one_whole_update(policy):
         losses = loss(piece)
         ratios.append(losses["ratio_max"])
         optimizer.zero_grad()
-        total(losses).backward()
+        total_loss(losses).backward()
         optimizer.step()
     assert ratios[0] == 1
     assert all((p != b).any() for p, b in zip(trained, before, strict=True))
