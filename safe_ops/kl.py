@@ -178,7 +178,8 @@ def kl_surrogate(
         [B, T], nats; 0 where ``mask`` is False; differentiable in ``log_prob``.
 
     Raises:
-        ValueError: shapes disagree, ``mask`` is not bool, or ``decay`` is outside [0, 1].
+        ValueError: shapes disagree, ``mask`` is not bool, ``decay`` is outside [0, 1], or
+            ``log_prob`` is [N] with a ``decay`` above 0.
 
     Source: Tang & Munos (arXiv 2506.09477), with prefix weights for sequences; the baseline is
     that of a policy gradient, in a form that stays unbiased off-policy.
@@ -194,6 +195,11 @@ def kl_surrogate(
     """
     if not 0 <= decay <= 1:
         raise ValueError(f"decay must be in [0, 1], got {decay}")
+    if decay > 0 and log_prob.ndim < 2:
+        raise ValueError(
+            f"log_prob must be [B, T], got {tuple(log_prob.shape)}: the KL of a sequence needs its "
+            "steps in order; for single choices see kl_surrogate_token"
+        )
     log_ratio = fill_masked(kl_k1(log_prob, ref_log_prob.detach()), mask)
     log_weight = fill_masked(_log_weights(log_prob, old_log_prob), mask)
     prefix = _decayed_sum(log_weight, decay)
@@ -227,7 +233,7 @@ def kl_surrogate_token(
     of 1 its gradient on-policy is that of k2.
 
     Args:
-        log_prob: [B, T], nats, under the policy that is trained.
+        log_prob: [B, T] or [N], nats, under the policy that is trained.
         ref_log_prob: [B, T], nats, under the frozen reference.
         mask: bool [B, T], True on response tokens, EOS included.
         old_log_prob: [B, T], nats, under the policy that drew the tokens; None: on-policy.

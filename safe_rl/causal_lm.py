@@ -1,7 +1,9 @@
 """Actor and critic over one causal language model: one forward gives all that a loss needs."""
 
+from collections.abc import Mapping
+
 import torch
-from tensordict import TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
@@ -25,7 +27,8 @@ class CausalLMActorCritic(TensorDictModuleBase):
     on its own) is called, and its logits are made.
 
     Reads ``("tokens", "prompt")`` int64 [B, P] (left-padded), ``("tokens", "response")`` int64
-    [B, T] (right-padded), ``prompt_mask`` bool [B, P], ``response_mask`` bool [B, T].
+    [B, T] (right-padded), ``prompt_mask`` bool [B, P], ``response_mask`` bool [B, T], and what
+    ``model_inputs`` names: images, for a model that takes them.
     Writes ``log_prob``, ``entropy`` [B, T] (nats, float32, at the sampling temperature; 0 where
     ``response_mask`` is False),
     ``state_values`` [B, T, K] and ``bootstrap_values`` [B, K], the values after the last token.
@@ -36,6 +39,10 @@ class CausalLMActorCritic(TensorDictModuleBase):
             is the head. Adapters stay in place, unmerged.
         critic: [..., H] -> [..., K].
         temperature: Of the sampling.
+        model_inputs: More arguments of the backbone's forward, each with its key in the batch, [B,
+            ...] each: ``{"pixel_values": "pixel_values"}``. ``"position_ids"`` among them takes the
+            place of our own, which count the tokens from the first that is no padding: not what a
+            model with positions in three dimensions means.
 
     Raises:
         ValueError: the model has no head or no backbone, or is a ``PeftModel``, whose base model
@@ -58,7 +65,12 @@ class CausalLMActorCritic(TensorDictModuleBase):
     """
 
     def __init__(
-        self, language_model: nn.Module, critic: nn.Module, *, temperature: float = 1.0
+        self,
+        language_model: nn.Module,
+        critic: nn.Module,
+        *,
+        temperature: float = 1.0,
+        model_inputs: Mapping[str, NestedKey] | None = None,
     ) -> None:
         super().__init__()
         if hasattr(language_model, "get_base_model"):
@@ -87,11 +99,13 @@ class CausalLMActorCritic(TensorDictModuleBase):
         self.language_model = language_model
         self.critic = critic
         self.temperature = temperature
+        self.model_inputs = dict(model_inputs or {})
         self.in_keys = [
             ("tokens", "prompt"),
             ("tokens", "response"),
             "prompt_mask",
             "response_mask",
+            *self.model_inputs.values(),
         ]
         self.out_keys = ["log_prob", "entropy", "state_values", "bootstrap_values"]
 
@@ -114,11 +128,12 @@ class CausalLMActorCritic(TensorDictModuleBase):
             )
         attention_mask = torch.cat(masks, 1)
         backbone, _ = self._backbone_and_head
+        given = {name: read(batch, key) for name, key in self.model_inputs.items()}
         hidden = backbone(
             input_ids=torch.cat([prompt, response], 1),
             attention_mask=attention_mask.long(),
-            position_ids=(attention_mask.cumsum(1) - 1).clamp_min(0),
             use_cache=False,
+            **{"position_ids": (attention_mask.cumsum(1) - 1).clamp_min(0), **given},
         ).last_hidden_state
         return hidden[:, prompt.shape[1] - 1 :]
 

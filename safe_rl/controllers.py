@@ -14,7 +14,14 @@ from torch import Tensor
 from safe_ops import kl_k1, masked_sum
 from safe_ops.controllers import Controller
 from safe_ops.controllers.base import ControlLaw, flatten_state
-from safe_rl.keys import RESPONSE_MASK, RESPONSE_TOKENS_MEAN, KeyedModule, read, read_per_token
+from safe_rl.keys import (
+    RESPONSE_MASK,
+    RESPONSE_TOKENS_MEAN,
+    KeyedModule,
+    read,
+    read_mask,
+    read_per_token,
+)
 
 
 def sum_over_ranks(*values: Tensor) -> tuple[Tensor, ...]:
@@ -45,10 +52,12 @@ class PolicyMeasurements(KeyedModule):
     Reads ``old_log_prob``, ``ref_log_prob``, ``entropy``, ``response_mask`` [B, T] and ``score``
     [B]; writes ``("measurements", "kl" | "entropy" | "reward")`` in nats per token and reward
     per sequence, and ``response_tokens_mean``, the objectives' denominator, all float32 and
-    expanded to the batch.
+    expanded to the batch. In a batch of an environment, [N] or [B, T], an entry is a step, so give
+    ``score`` expanded to it, the same in all the steps it speaks of.
 
     Raises:
-        ValueError: a key is missing or of the wrong shape.
+        ValueError: a key is missing or of the wrong shape, or the first token of every row has a
+            log-prob of 0 where its entropy says otherwise.
 
     Example:
         >>> from tensordict import TensorDict
@@ -94,15 +103,17 @@ class PolicyMeasurements(KeyedModule):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the measurements."""
         keys = self.tensor_keys
-        mask = read(tensordict, keys.response_mask)
+        mask = read_mask(tensordict, keys.response_mask, like=keys.old_log_prob)
         old, ref, entropy = (
             read_per_token(tensordict, key, mask).double()
             for key in (keys.old_log_prob, keys.ref_log_prob, keys.entropy)
         )
+        self._check_first_tokens(old, entropy, mask)
         score = read(tensordict, keys.score)
-        if score.numel() != mask[..., 0].numel():
+        entries = tensordict.numel() if tensordict.batch_size else mask[..., 0].numel()
+        if score.numel() != entries:
             raise ValueError(
-                f"{keys.score!r} must hold one score per sequence, "
+                f"{keys.score!r} must hold one score per entry of the batch, "
                 f"got {tuple(score.shape)} and mask {tuple(mask.shape)}"
             )
         kl, entropy_sum, tokens, score_sum, rows = sum_over_ranks(
@@ -121,6 +132,26 @@ class PolicyMeasurements(KeyedModule):
             # Of nothing there is no mean: NaN, which the laws refuse and count.
             tensordict.set(key, (total / count).float().expand(tensordict.batch_size))
         return tensordict
+
+    def _check_first_tokens(self, old: Tensor, entropy: Tensor, mask: Tensor) -> None:
+        """TorchRL's generating path reports 0 for the first token of every response."""
+        if torch.compiler.is_compiling() or mask.ndim < 2 or mask.shape[-1] == 0:
+            return
+        rows = mask.any(-1)
+        first = mask.int().argmax(-1, keepdim=True)
+        certain = old.gather(-1, first).squeeze(-1)[rows] == 0
+        uncertain = entropy.gather(-1, first).squeeze(-1)[rows]
+        # Certain tokens have no entropy; in half precision a likely one may round to 0 too.
+        if certain.numel() and certain.all() and uncertain.mean() > CERTAIN:
+            raise ValueError(
+                f"{self.tensor_keys.old_log_prob!r} is 0 at the first token of every row, where "
+                f"the entropy is {float(uncertain.mean()):.2g} nats: log-probs of the generating "
+                "path of TorchRL; score the responses again, see Scores"
+            )
+
+
+CERTAIN = 0.5
+"""Nats of entropy above which no token has a log-prob of 0."""
 
 
 class ControllerModule(TensorDictModuleBase):

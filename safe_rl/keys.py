@@ -8,7 +8,7 @@ B sequences, T response tokens, K critic heads. Nats are per token and at the sa
 | ``("tokens", "response")`` | [B, T] | ids, right-padded | rollout | actor-critic |
 | ``prompt_mask`` | [B, P] | bool, True counts | rollout | actor-critic |
 | ``response_mask`` | [B, T] | bool, True counts, EOS included | rollout | all |
-| ``response_tokens_mean`` | [B] | tokens per sequence | measurements, over ranks | objectives |
+| ``response_tokens_mean`` | [B], alike | tokens per entry | measurements | objectives |
 | ``old_log_prob`` | [B, T] | nats | scoring, before the update | objectives, measurements |
 | ``ref_log_prob`` | [B, T] | nats | scoring, adapters off | objectives, measurements |
 | ``log_prob`` | [B, T] | nats | actor-critic, every minibatch | objectives |
@@ -17,11 +17,12 @@ B sequences, T response tokens, K critic heads. Nats are per token and at the sa
 | ``old_state_values`` | [B, T, K] | reward | scoring | the value loss, if it clips |
 | ``bootstrap_values`` | [B, K] | reward, after the last token | scoring | advantages |
 | ``("next", "state_values")`` | [B, T, K] | reward, after step t | environments | advantages |
+| ``shifted_valid`` | [B, T] | bool, True counts | advantages, if ``shifted`` | objectives |
 | ``score`` | [B] | reward | scoring | measurements |
 | ``reward`` | [B, T, 1] | reward, on the last valid token | scoring, ``KLReward`` | advantages |
 | ``terminated``, ``truncated``, ``done`` | [B, T, 1] | bool | scoring | advantages |
 | ``state_value`` | [B, T, 1] | reward, soft-min of the heads | advantages | logs |
-| ``advantage``, ``value_target`` | [B, T, 1] | reward | advantages | objectives |
+| ``advantage``, ``value_target`` | [B, T, 1] | reward (or [B, T, K]) | advantages | objectives |
 | ``("measurements", "kl")`` | [B], alike | nats per token | measurements | controller |
 | ``("measurements", "entropy")`` | [B], alike | nats per token | measurements | controller |
 | ``("measurements", "reward")`` | [B], alike | reward per sequence | measurements | controller |
@@ -35,18 +36,23 @@ B sequences, T response tokens, K critic heads. Nats are per token and at the sa
 ``log_prob`` and ``old_log_prob`` are two keys because both are in the batch at once: the ratio of
 the fresh one to the stored one is the importance weight. For the values one key is enough, the
 target critic's at the rollout and the network's in the loss, unless the loss clips their change.
+
+In a batch of an environment, [N] frames or [B, T] steps as TorchRL's collectors give them, every
+step counts unless a mask says otherwise, and ``response_mask`` may be missing. A batch [B] of
+sequences needs it: there an entry cannot tell its tokens from its padding.
 """
 
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import LazyStackedTensorDict, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
 RESPONSE_MASK = "response_mask"
 RESPONSE_TOKENS_MEAN = "response_tokens_mean"
+LEFT_PADDED: tuple[NestedKey, ...] = (("tokens", "prompt"), "prompt_mask")
 
 
 def read(batch: TensorDictBase, key: NestedKey) -> Tensor:
@@ -77,6 +83,83 @@ def at_least_float32(value: Tensor) -> Tensor:
     if not value.is_floating_point():
         return value
     return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+def read_mask(batch: TensorDictBase, key: NestedKey, *, like: NestedKey) -> Tensor:
+    """The mask of the steps that count; all, where the batch dimensions are the steps themselves.
+
+    Args:
+        batch: With ``key``, or with one entry a step: [N] or [B, T].
+        key: Of the mask.
+        like: An entry of the shape of the mask, which tells steps from sequences.
+
+    Raises:
+        ValueError: it is missing in a batch of sequences, or is not bool.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> read_mask(TensorDict({"x": torch.ones(2, 1)}, [2]), "mask", like="x")
+        tensor([True, True])
+    """
+    mask = batch.get(key, None)
+    if mask is None:
+        steps = read(batch, like)
+        shape = batch.batch_size
+        if shape and steps.shape in (shape, (*shape, 1)):
+            return torch.ones(shape, dtype=torch.bool, device=steps.device)
+        mask = read(batch, key)
+    if mask.dtype != torch.bool:
+        raise ValueError(f"{key!r} must be bool (True = counts), got {mask.dtype}")
+    return mask
+
+
+def dense(batch: TensorDictBase, keys: list[NestedKey], *, mask: NestedKey) -> TensorDictBase:
+    """Those entries of a lazily stacked batch, padded to one length; any other is left as it is.
+
+    Padding is 0, or False in a mask, on the right, and on the left of a prompt. Where the steps are
+    batch dimensions of unequal length, and there is no mask, one is made of those lengths.
+
+    Args:
+        batch: Rows of unequal lengths, stacked lazily; any other batch is returned as it is.
+        keys: What is needed; a key that is missing is left out.
+        mask: Key of the mask.
+
+    Example:
+        >>> from tensordict import TensorDict, lazy_stack
+        >>> rows = lazy_stack([TensorDict({"x": torch.ones(n)}, [n]) for n in (1, 2)])
+        >>> dense(rows, ["x"], mask="mask")["x"]
+        tensor([[1., 0.],
+                [1., 1.]])
+    """
+    if not isinstance(batch, LazyStackedTensorDict):
+        return batch
+    rows = [dense(row, keys, mask=mask) for row in batch.unbind(batch.stack_dim)]
+    found: dict[NestedKey, list[Tensor]] = {}
+    for key in keys:
+        values = [row.get(key, None) for row in rows]
+        present = [value for value in values if value is not None]
+        if len(present) == len(rows):
+            found[key] = present
+    if -1 in batch.batch_size and mask not in found:
+        found[mask] = [torch.ones(row.shape, dtype=torch.bool, device=batch.device) for row in rows]
+    longest = [max(sizes) for sizes in zip(*(row.shape for row in rows), strict=True)]
+    size = (*longest[: batch.stack_dim], len(rows), *longest[batch.stack_dim :])
+    padded = TensorDict(batch_size=size, device=batch.device)
+    for key, values in found.items():
+        stacked = _stack_padded(values, batch.stack_dim, left=key in LEFT_PADDED)
+        padded.set(key, stacked)
+    return padded
+
+
+def _stack_padded(values: list[Tensor], dim: int, *, left: bool) -> Tensor:
+    shape = [max(sizes) for sizes in zip(*(value.shape for value in values), strict=True)]
+    padded = []
+    for value in values:
+        block = value.new_zeros(shape)
+        places = zip(value.shape, shape, strict=True)
+        block[tuple(slice(n - m, n) if left else slice(m) for m, n in places)] = value
+        padded.append(block)
+    return torch.stack(padded, dim)
 
 
 def read_per_token(batch: TensorDictBase, key: NestedKey, mask: Tensor) -> Tensor:
@@ -153,7 +236,7 @@ def read_coefficient(batch: TensorDictBase, key: NestedKey, mask: Tensor) -> Ten
 
 
 class KeyedModule(TensorDictModuleBase):
-    """A module without parameters whose keys can be set, as those of a TorchRL loss.
+    """A module whose keys can be set, as those of a TorchRL loss.
 
     A subclass has a dataclass ``default_keys`` and makes ``in_keys`` and ``out_keys`` from
     ``self.tensor_keys`` in ``_set_in_out_keys``.

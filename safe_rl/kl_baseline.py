@@ -9,7 +9,7 @@ from tensordict.utils import NestedKey
 
 from safe_ops import kl_baseline
 from safe_rl.controllers import sum_over_ranks
-from safe_rl.keys import RESPONSE_MASK, KeyedModule, read, read_per_token
+from safe_rl.keys import RESPONSE_MASK, KeyedModule, read_mask, read_per_token
 
 
 class KLBaseline(KeyedModule):
@@ -62,7 +62,7 @@ class KLBaseline(KeyedModule):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the baseline."""
         keys = self.tensor_keys
-        mask = read(tensordict, keys.response_mask)
+        mask = read_mask(tensordict, keys.response_mask, like=keys.old_log_prob)
         baseline = kl_baseline(
             read_per_token(tensordict, keys.old_log_prob, mask),
             read_per_token(tensordict, keys.ref_log_prob, mask),

@@ -41,6 +41,7 @@ from safe_rl import (
     SAFELoss,
     SoftMinCritic,
     SoftMinGAE,
+    total_loss,
 )
 from safe_rl.causal_lm import CausalLMActorCritic
 from safe_rl.checkpoints import RandomStates, TrainableParameters, save_checkpoint
@@ -280,7 +281,7 @@ def train(config: Config, output: Path, *, resume: bool) -> Path:
             for _ in range(config.epochs):
                 for piece in minibatches(batch, size=rows, generator=order):
                     losses = objective(piece)
-                    loss = total(losses)
+                    loss = total_loss(losses)
                     accelerator.backward(loss)
                     norms = {
                         "gradient_norm_policy": clip(adapters, config.max_gradient_norm),
@@ -347,11 +348,6 @@ def train(config: Config, output: Path, *, resume: bool) -> Path:
     if guard.stop_reason is not None:
         raise RunStoppedError(guard.stop_reason)
     return output / "report.html"
-
-
-def total(losses: TensorDict) -> Tensor:
-    """The loss: the sum of the ``loss_*`` entries."""
-    return torch.stack([v for k, v in losses.items() if k.startswith("loss_")]).sum()
 
 
 def score(scorer: nn.Module, batch: TensorDict, size: int) -> TensorDict:

@@ -1,5 +1,6 @@
 """Losses as TorchRL modules: a batch in, ``loss_*`` entries and diagnostics out."""
 
+from safe_rl.objectives.base import total_loss
 from safe_rl.objectives.clipped_policy import ClippedPolicyLoss
 from safe_rl.objectives.gated_kl import GatedKLLoss, TokenKLLoss
 from safe_rl.objectives.ppo import PPOLoss
@@ -13,4 +14,5 @@ __all__ = [
     "SAFELoss",
     "SoftMinValueLoss",
     "TokenKLLoss",
+    "total_loss",
 ]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from safe_ops import clipped_policy_terms, masked_mean
 from safe_rl.keys import read_per_token
-from safe_rl.objectives.base import Objective
+from safe_rl.objectives.base import Objective, Reduction
 
 
 class ClippedPolicyLoss(Objective):
@@ -23,6 +23,7 @@ class ClippedPolicyLoss(Objective):
         clip: Half-width of the trust interval of the ratio, or (low, high).
         entropy_coef: 0 for none. ``loss.entropy_coef = 0.003`` changes it in place.
         functional: See ``Objective``.
+        reduction: See ``Objective``.
 
     Raises:
         ValueError: a value is out of range, or a key is missing or of the wrong shape.
@@ -68,8 +69,9 @@ class ClippedPolicyLoss(Objective):
         clip: float | tuple[float, float] = 0.2,
         entropy_coef: float = 0.01,
         functional: bool = False,
+        reduction: Reduction = "mean",
     ) -> None:
-        super().__init__(network, functional=functional)
+        super().__init__(network, functional=functional, reduction=reduction)
         if not (min(clip) if isinstance(clip, tuple) else clip) > 0:
             raise ValueError(f"clip must be positive, got {clip}")
         if not entropy_coef >= 0:
@@ -89,8 +91,8 @@ class ClippedPolicyLoss(Objective):
         )
         entropy = read_per_token(batch, keys.entropy, mask)
         return {
-            "loss_policy": self.token_mean(policy.loss, mask, batch),
-            "loss_entropy": -self.entropy_coef * self.token_mean(entropy, mask, batch),
+            "loss_policy": self.reduce(policy.loss, mask, batch),
+            "loss_entropy": -self.entropy_coef * self.reduce(entropy, mask, batch),
             "clip_fraction": policy.clip_fraction,
             "ratio_max": policy.ratio_max,
             "effective_sample_size": policy.effective_sample_size,

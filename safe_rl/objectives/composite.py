@@ -6,7 +6,7 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
-from safe_rl.objectives.base import Objective
+from safe_rl.objectives.base import Objective, Reduction
 
 
 class SumOfObjectives(Objective):
@@ -19,6 +19,8 @@ class SumOfObjectives(Objective):
         network: See ``Objective``.
         parts: Objectives without a network of their own.
         functional: See ``Objective``.
+        reduction: See ``Objective``; that of the parts.
+        delay_value: See ``Objective``.
     """
 
     def __init__(
@@ -27,12 +29,18 @@ class SumOfObjectives(Objective):
         parts: list[Objective],
         *,
         functional: bool = False,
+        reduction: Reduction = "mean",
+        delay_value: bool = False,
     ) -> None:
         self.reads = tuple(dict.fromkeys(name for part in parts for name in part.reads))
-        self.may_read = tuple(dict.fromkeys(name for part in parts for name in part.may_read))
+        optional = dict.fromkeys(name for part in parts for name in part.may_read)
+        self.may_read = tuple(name for name in optional if name not in self.reads)
         self.fresh = tuple(dict.fromkeys(name for part in parts for name in part.fresh))
         self.writes = tuple(name for part in parts for name in part.writes)
-        super().__init__(network, functional=functional)
+        self.shaped_like = parts[0].shaped_like
+        super().__init__(
+            network, functional=functional, reduction=reduction, delay_value=delay_value
+        )
         self.parts = nn.ModuleList(parts)
         self._objectives = tuple(parts)
 
@@ -51,9 +59,12 @@ class SumOfObjectives(Objective):
             for name, value in part.terms(batch, mask).items()
         }
 
-    # A coefficient belongs to a part. Set on the sum, it would otherwise become an attribute that
-    # nothing reads.
+    # A coefficient belongs to a part, the reduction to all. Set on the sum, they would otherwise
+    # become attributes that nothing reads.
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "reduction":
+            for part in self.__dict__.get("_objectives", ()):
+                part.reduction = value
         owner = self._owner(name)
         if owner is None:
             super().__setattr__(name, value)

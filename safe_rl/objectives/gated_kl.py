@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from safe_ops import fill_masked, kl_k1, kl_k3, kl_surrogate, masked_mean, token_kl_penalty
 from safe_rl.keys import read_coefficient, read_per_token
-from safe_rl.objectives.base import Objective
+from safe_rl.objectives.base import Objective, Reduction
 
 
 class GatedKLLoss(Objective):
@@ -26,15 +27,19 @@ class GatedKLLoss(Objective):
     same expectation and a fraction of the noise. Train with it: without, a few sequences push down
     whatever was drawn.
 
+    Frames [N], and rows of several episodes, have no prefix to weight: they need
+    ``kl_surrogate_token``.
+
     Args:
         network: See ``Objective``.
         surrogate: ``kl_surrogate``, or ``kl_surrogate_token`` for less variance and part of the
             gradient; ``functools.partial(kl_surrogate, decay=0.9)`` lies between.
         functional: See ``Objective``.
+        reduction: See ``Objective``.
 
     Raises:
-        ValueError: a key is missing or of the wrong shape, or the batch is of single frames [N],
-            which have no order to weight.
+        ValueError: a key is missing or of the wrong shape, or the batch is of frames [N] and the
+            surrogate one of sequences.
 
     Source: SAFE (arXiv 2602.04651); gradient: Tang & Munos (arXiv 2506.09477).
 
@@ -54,13 +59,20 @@ class GatedKLLoss(Objective):
         ref_log_prob: NestedKey = "ref_log_prob"
         kl_coef: NestedKey = "kl_coef"
         kl_baseline: NestedKey = "kl_baseline"
+        entropy_gate: NestedKey = "entropy_gate"
 
     default_keys = _AcceptedKeys
     tensor_keys: _AcceptedKeys
     reads = ("log_prob", "old_log_prob", "ref_log_prob", "kl_coef", "response_mask")
-    may_read = ("response_tokens_mean", "kl_baseline")
+    may_read = ("response_tokens_mean", "kl_baseline", "entropy_gate")
     fresh = ("log_prob",)
-    writes = ("loss_kl", "kl_k1_nats_per_token", "kl_k3_nats_per_token")
+    writes = (
+        "loss_kl",
+        "kl_k1_nats_per_token",
+        "kl_k3_nats_per_token",
+        "kl_coef_mean",
+        "entropy_gate_mean",
+    )
 
     def __init__(
         self,
@@ -68,18 +80,14 @@ class GatedKLLoss(Objective):
         *,
         surrogate: Callable[..., Tensor] = kl_surrogate,
         functional: bool = False,
+        reduction: Reduction = "mean",
     ) -> None:
-        super().__init__(network, functional=functional)
+        super().__init__(network, functional=functional, reduction=reduction)
         self.surrogate = surrogate
 
     def terms(self, batch: TensorDictBase, mask: Tensor) -> dict[str, Tensor]:
         """See the class."""
         keys = self.tensor_keys
-        if mask.ndim < 2:
-            raise ValueError(
-                f"{keys.response_mask!r} must be [B, T], got {tuple(mask.shape)}: "
-                "the KL of a sequence needs its steps in order"
-            )
         log_prob = read_per_token(batch, keys.log_prob, mask)
         ref_log_prob = read_per_token(batch, keys.ref_log_prob, mask)
         has_baseline = batch.get(keys.kl_baseline, None) is not None
@@ -91,11 +99,17 @@ class GatedKLLoss(Objective):
             baseline=read_per_token(batch, keys.kl_baseline, mask) if has_baseline else None,
         )
         coef = fill_masked(read_coefficient(batch, keys.kl_coef, mask), mask)
+        # It acts through kl_coef; beside it for the log, 1 where no law writes one.
+        gate = torch.ones_like(coef)
+        if batch.get(keys.entropy_gate, None) is not None:
+            gate = read_coefficient(batch, keys.entropy_gate, mask).to(coef)
         held = fill_masked(log_prob.detach(), mask), fill_masked(ref_log_prob.detach(), mask)
         return {
-            "loss_kl": self.token_mean(coef * surrogate, mask, batch),
+            "loss_kl": self.reduce(coef * surrogate, mask, batch),
             "kl_k1_nats_per_token": masked_mean(kl_k1(*held), mask),
             "kl_k3_nats_per_token": masked_mean(kl_k3(*held), mask),
+            "kl_coef_mean": masked_mean(coef, mask),
+            "entropy_gate_mean": masked_mean(gate, mask),
         }
 
 
@@ -111,6 +125,7 @@ class TokenKLLoss(Objective):
         network: See ``Objective``.
         token_kl_coef: Per nat^2. ``loss.token_kl_coef = 0.05`` changes it in place.
         functional: See ``Objective``.
+        reduction: See ``Objective``.
 
     Raises:
         ValueError: a value is out of range, or a key is missing or of the wrong shape.
@@ -140,6 +155,7 @@ class TokenKLLoss(Objective):
     token_kl_coef: Tensor
     reads = ("log_prob", "ref_log_prob", "kl_threshold", "entropy_gate", "response_mask")
     fresh = ("log_prob",)
+    shaped_like = "ref_log_prob"
     writes = ("loss_token_kl", "token_kl_active_fraction")
 
     def __init__(
@@ -148,8 +164,9 @@ class TokenKLLoss(Objective):
         *,
         token_kl_coef: float = 0.1,
         functional: bool = False,
+        reduction: Reduction = "mean",
     ) -> None:
-        super().__init__(network, functional=functional)
+        super().__init__(network, functional=functional, reduction=reduction)
         if not token_kl_coef >= 0:
             raise ValueError(f"token_kl_coef must not be negative, got {token_kl_coef}")
         self.register_coeff_buffer("token_kl_coef", token_kl_coef)
@@ -166,6 +183,6 @@ class TokenKLLoss(Objective):
         )
         active = kl_k1(log_prob.detach(), ref_log_prob.detach()) > threshold
         return {
-            "loss_token_kl": self.token_mean(penalty, mask, batch),
+            "loss_token_kl": self.reduce(penalty, mask, batch),
             "token_kl_active_fraction": masked_mean(active.to(penalty.dtype), mask),
         }

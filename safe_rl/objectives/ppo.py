@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from tensordict.nn import TensorDictModuleBase
 
+from safe_rl.objectives.base import Reduction
 from safe_rl.objectives.clipped_policy import ClippedPolicyLoss
 from safe_rl.objectives.composite import SumOfObjectives
 from safe_rl.objectives.soft_min_value import SoftMinValueLoss
@@ -22,6 +23,8 @@ class PPOLoss(SumOfObjectives):
         value_coef: Of the value loss.
         value_clip: See ``SoftMinValueLoss``; None: no clip.
         functional: See ``Objective``.
+        reduction: See ``Objective``.
+        delay_value: See ``Objective``.
 
     Raises:
         ValueError: a value is out of range, or a key is missing or of the wrong shape.
@@ -51,17 +54,22 @@ class PPOLoss(SumOfObjectives):
         value_coef: float = 0.5,
         value_clip: float | None = None,
         functional: bool = False,
+        reduction: Reduction = "mean",
+        delay_value: bool = False,
     ) -> None:
         super().__init__(
             network,
             [
-                ClippedPolicyLoss(clip=clip, entropy_coef=entropy_coef),
+                ClippedPolicyLoss(clip=clip, entropy_coef=entropy_coef, reduction=reduction),
                 SoftMinValueLoss(
                     temperature=temperature,
                     huber_delta=huber_delta,
                     value_coef=value_coef,
                     clip=value_clip,
+                    reduction=reduction,
                 ),
             ],
             functional=functional,
+            reduction=reduction,
+            delay_value=delay_value,
         )

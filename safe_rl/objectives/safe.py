@@ -7,7 +7,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
 from safe_ops import kl_surrogate
-from safe_rl.objectives.base import Objective
+from safe_rl.objectives.base import Objective, Reduction
 from safe_rl.objectives.clipped_policy import ClippedPolicyLoss
 from safe_rl.objectives.composite import SumOfObjectives
 from safe_rl.objectives.gated_kl import GatedKLLoss, TokenKLLoss
@@ -29,6 +29,8 @@ class SAFELoss(SumOfObjectives):
         surrogate: See ``GatedKLLoss``.
         token_kl_coef: Adds a ``TokenKLLoss``, as ``loss_token_kl``; None: without it.
         functional: See ``Objective``.
+        reduction: See ``Objective``.
+        delay_value: See ``Objective``.
 
     Raises:
         ValueError: a value is out of range, or a key is missing or of the wrong shape.
@@ -65,17 +67,22 @@ class SAFELoss(SumOfObjectives):
         surrogate: Callable[..., Tensor] = kl_surrogate,
         token_kl_coef: float | None = None,
         functional: bool = False,
+        reduction: Reduction = "mean",
+        delay_value: bool = False,
     ) -> None:
         parts: list[Objective] = [
-            ClippedPolicyLoss(clip=clip, entropy_coef=entropy_coef),
+            ClippedPolicyLoss(clip=clip, entropy_coef=entropy_coef, reduction=reduction),
             SoftMinValueLoss(
                 temperature=temperature,
                 huber_delta=huber_delta,
                 value_coef=value_coef,
                 clip=value_clip,
+                reduction=reduction,
             ),
-            GatedKLLoss(surrogate=surrogate),
+            GatedKLLoss(surrogate=surrogate, reduction=reduction),
         ]
         if token_kl_coef is not None:
-            parts.append(TokenKLLoss(token_kl_coef=token_kl_coef))
-        super().__init__(network, parts, functional=functional)
+            parts.append(TokenKLLoss(token_kl_coef=token_kl_coef, reduction=reduction))
+        super().__init__(
+            network, parts, functional=functional, reduction=reduction, delay_value=delay_value
+        )

@@ -8,14 +8,16 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from safe_ops import explained_variance, masked_mean, soft_min, value_terms
-from safe_rl.keys import read_heads, read_per_token
-from safe_rl.objectives.base import Objective
+from safe_rl.keys import read_heads
+from safe_rl.objectives.base import Objective, Reduction
 
 
 class SoftMinValueLoss(Objective):
-    """Huber loss of every head against one target.
+    """Huber loss of every head against one target, or against its own.
 
         loss_value = value_coef * mean_t mean_k Huber_delta(v_tk - target_t)
+
+    ``value_target`` is [B, T, 1], or [B, T, K] with a target per head.
 
     Args:
         network: See ``Objective``.
@@ -25,6 +27,8 @@ class SoftMinValueLoss(Objective):
         clip: Half-width of the change from ``old_state_values`` beyond which the value is clipped,
             in the units of the return; None: no clip. It often hurts.
         functional: See ``Objective``.
+        reduction: See ``Objective``.
+        delay_value: See ``Objective``.
 
     Raises:
         ValueError: a value is out of range, or a key is missing or of the wrong shape.
@@ -51,6 +55,7 @@ class SoftMinValueLoss(Objective):
     value_coef: Tensor
     reads = ("state_values", "value_target", "response_mask")
     fresh = ("state_values",)
+    shaped_like = "value_target"
     writes = ("loss_value", "explained_variance", "head_disagreement", "value_mean")
 
     def __init__(
@@ -62,10 +67,14 @@ class SoftMinValueLoss(Objective):
         value_coef: float = 0.5,
         clip: float | None = None,
         functional: bool = False,
+        reduction: Reduction = "mean",
+        delay_value: bool = False,
     ) -> None:
         if clip is not None:
             self.reads = (*self.reads, "old_state_values")
-        super().__init__(network, functional=functional)
+        super().__init__(
+            network, functional=functional, reduction=reduction, delay_value=delay_value
+        )
         if not value_coef >= 0:
             raise ValueError(f"value_coef must not be negative, got {value_coef}")
         for name, value in {
@@ -84,10 +93,10 @@ class SoftMinValueLoss(Objective):
         """See the class."""
         keys = self.tensor_keys
         values = read_heads(batch, keys.state_values, mask)
-        target = read_per_token(batch, keys.value_target, mask)
+        targets = read_heads(batch, keys.value_target, mask)
         loss = value_terms(
             values,
-            target,
+            targets,
             mask=mask,
             huber_delta=self.huber_delta,
             old_value=None if self.clip is None else read_heads(batch, keys.old_state_values, mask),
@@ -95,8 +104,9 @@ class SoftMinValueLoss(Objective):
         )
         held = values.detach()
         value = soft_min(held, self.temperature)
+        target = soft_min(targets.detach(), self.temperature)
         return {
-            "loss_value": self.value_coef * self.token_mean(loss, mask, batch),
+            "loss_value": self.value_coef * self.reduce(loss, mask, batch),
             "explained_variance": explained_variance(value, target, mask=mask),
             "head_disagreement": masked_mean(held.amax(-1) - held.amin(-1), mask),
             "value_mean": masked_mean(value, mask),

@@ -106,11 +106,10 @@ def peak(shape: str, dtype: torch.dtype, key: tuple[str, str], scale: int) -> fl
 def parts_of(dtype: str, shapes: list[str], scales: list[int]) -> list[tuple[str, ...]]:
     """What is measured apart: the ratios of a shape, the peak of a run at a number of tokens."""
     timed_both = [key for key in RUNS if key[0] in (BOTH, FROZEN, FUSED, KL_BOTH)]
-    peaks = [(*key, "1") for key in timed_both if key not in ONLY_S]
-    peaks += [(figure, "ours", str(s)) for figure in (BOTH, FUSED, KL_BOTH) for s in scales]
-    return [("ratios", dtype, shape) for shape in shapes] + [
-        ("peak", dtype, shape, *peak) for peak in peaks for shape in shapes
-    ]
+    peaks = [(shape, *key, "1") for key in timed_both if key not in ONLY_S for shape in shapes]
+    # A small shape's peak beside that of many times its tokens; L's are S's and M's in kind.
+    peaks += [(s, BOTH, "ours", str(scale)) for scale in scales for s in shapes if s != "L"]
+    return [("ratios", dtype, shape) for shape in shapes] + [("peak", dtype, *p) for p in peaks]
 
 
 def measured(part: tuple[str, ...], rounds: int) -> dict[str, float]:
@@ -133,7 +132,10 @@ def tables(found: dict[tuple[str, ...], dict[str, float]], dtype: str) -> list[T
         [
             key[0].split(" / ")[0],
             *key[1:],
-            *(f"{found['peak', dtype, s, *key]['MiB']:.0f}" for s in shapes),
+            *(
+                f"{found[part]['MiB']:.0f}" if (part := ("peak", dtype, s, *key)) in found else ""
+                for s in shapes
+            ),
         ]
         for key in peaks
     ]

@@ -70,7 +70,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_logged_and_shown(
     tmp_path: Path, run, configured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     configured(steps=3)
-    add, calls = example.total, []
+    add, calls = example.total_loss, []
 
     def poisoned(losses):
         calls.append(1)
@@ -79,7 +79,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_logged_and_shown(
         root = (loss - loss.detach()).abs().sqrt()
         return loss + root if len(calls) == 6 else loss
 
-    monkeypatch.setattr(example, "total", poisoned)
+    monkeypatch.setattr(example, "total_loss", poisoned)
     output = tmp_path / "run"
     assert run(output) == 0
     (event,) = records(output, "event")

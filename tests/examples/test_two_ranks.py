@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from examples.lm_rlhf import train as example
 from examples.lm_rlhf.config import smollm2_135m
 from examples.lm_rlhf.models import load_policy
-from safe_rl import CausalLMActorCritic, SAFELoss, SoftMinCritic
+from safe_rl import CausalLMActorCritic, SAFELoss, SoftMinCritic, total_loss
 from safe_rl.checkpoints import TrainableParameters
 from safe_rl.monitoring import RunLog
 from safe_rl.monitoring.run_log import split_chain
@@ -137,7 +137,7 @@ def test_the_first_gradient_is_that_of_one_process_on_both_shares(runs: Runs) ->
         entropy_coef=config.entropy_coef,
         value_coef=config.value_coef,
     )
-    example.total(objective(batch)).backward()
+    total_loss(objective(batch)).backward()
 
     def check(parameters: list[nn.Parameter]) -> None:
         expected = [parameter.grad for parameter in parameters]

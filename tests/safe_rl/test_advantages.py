@@ -1,14 +1,28 @@
+import copy
+
 import pytest
 import torch
 from tensordict import TensorDict
-from torch import Tensor
+from tensordict.nn import TensorDictModule
+from torch import Tensor, nn
 from torch.testing import assert_close
+from torchrl.objectives import ValueEstimators
 from torchrl.objectives.value import GAE
 
 from safe_ops import masked_whiten, soft_min
-from safe_rl import KLReward, PPOLoss, SoftMinGAE
+from safe_rl import (
+    ActorCritic,
+    ClippedPolicyLoss,
+    KLReward,
+    PPOLoss,
+    SAFELoss,
+    SoftMinGAE,
+    SoftMinValueLoss,
+)
 from safe_rl.advantages import whiten_over_ranks
+from tests.reference.gae_loop import gae_loop
 from tests.safe_rl.objectives.batches import make_batch, ragged_mask
+from tests.safe_rl.test_actor_critic import continuous
 
 
 def rollout(*, truncated: bool = False) -> TensorDict:
@@ -174,9 +188,247 @@ def test_it_is_a_torchrl_value_estimator():
         estimate.set_keys(rewards="x")
 
 
+def critic(heads: int, out: str = "state_values") -> TensorDictModule:
+    torch.manual_seed(0)
+    return TensorDictModule(nn.Linear(3, heads), ["observation"], [out])
+
+
+def observed(rows: int = 2, steps: int = 6) -> TensorDict:
+    """What a collector gives: no values, no mask; the state after the row is under "next"."""
+    batch = environment().exclude("state_value", "response_mask", ("next", "state_value"))
+    states = torch.randn(rows, steps + 1, 3, generator=torch.Generator().manual_seed(1))
+    batch["observation"], batch["next", "observation"] = states[:, :-1], states[:, 1:].clone()
+    # After an end inside the row the next state is not that of the row.
+    inside = batch["next", "done"].clone()
+    inside[:, -1] = False
+    batch["next", "observation"] = torch.where(inside, 9.0, batch["next", "observation"])
+    return batch
+
+
+def test_a_value_network_takes_the_place_of_torchrls():
+    theirs = GAE(gamma=0.9, lmbda=0.8, value_network=critic(1, "state_value"), average_gae=False)(
+        observed(), time_dim=1
+    )
+    network = critic(1)
+    ours = SoftMinGAE(value_network=network, discount=0.9, gae_lambda=0.8, average_gae=False)
+    batch = ours(observed())
+    assert_close(batch["advantage"], theirs["advantage"])
+    assert_close(batch["value_target"], theirs["value_target"])
+    assert_close(batch["state_values"], theirs["state_value"])
+    assert_close(batch["next", "state_values"], theirs["next", "state_value"])
+    assert not list(ours.parameters())
+    assert_close(ours.value_estimate(observed()), theirs["value_target"])
+    left_alone = observed()
+    ours.value_estimate(left_alone)
+    assert "advantage" not in set(left_alone.keys())
+
+
+def test_a_value_network_is_pessimistic_over_its_heads():
+    network = critic(3)
+    batch = SoftMinGAE(value_network=network, average_gae=False)(observed())
+    heads = network.module(observed()["observation"])
+    assert_close(batch["state_value"].squeeze(-1), soft_min(heads, 0.3))
+    assert batch["state_values"].shape == (2, 6, 3)
+    with pytest.raises(ValueError, match="value_network must write 'state_values'"):
+        SoftMinGAE(value_network=critic(3, "values"))(observed())
+
+
+def test_target_parameters_are_those_of_what_follows():
+    network = critic(2)
+    target = TensorDict.from_module(network).data.clone().apply(lambda p: p + 1.0)
+    estimate = SoftMinGAE(value_network=network, average_gae=False, discount=0.9)
+    moved = copy.deepcopy(network)
+    with torch.no_grad():
+        for parameter in moved.parameters():
+            parameter.add_(1.0)
+    expected = observed()
+    expected["state_values"] = network.module(expected["observation"]).detach()
+    after = moved.module(expected["next", "observation"]).detach()
+    expected["next", "state_values"] = after
+    by_values = SoftMinGAE(average_gae=False, discount=0.9)
+    by_values.set_keys(
+        reward=("next", "reward"),
+        terminated=("next", "terminated"),
+        truncated=("next", "truncated"),
+    )
+    expected = by_values(expected)
+    own = TensorDict.from_module(network)
+    for params in (None, own):
+        found = estimate(observed(), params=params, target_params=target)
+        assert_close(found["advantage"], expected["advantage"])
+    both = estimate(observed(), params=target)
+    assert_close(both["next", "state_values"], after)
+    assert_close(both["state_values"], moved.module(observed()["observation"]).detach())
+
+
+def test_shifted_is_one_forward_with_the_same_result_where_nothing_is_cut_inside():
+    calls = []
+
+    class Counting(nn.Linear):
+        def forward(self, x):
+            calls.append(x.shape[1])
+            return super().forward(x)
+
+    network = critic(2)
+    counting = TensorDictModule(Counting(3, 2), ["observation"], ["state_values"])
+    counting.module.load_state_dict(network.module.state_dict())
+    batch = observed()
+    batch["next", "truncated"][:, :-1] = False
+    batch["next", "observation"][:, :-1] = batch["observation"][:, 1:]
+    arguments = {"discount": 0.9, "gae_lambda": 0.8}
+    expected = SoftMinGAE(value_network=network, **arguments)(batch.clone())
+    found = SoftMinGAE(value_network=counting, shifted=True, **arguments)(batch.clone())
+    assert calls == [7]
+    assert found["shifted_valid"].all()
+    for key in ("advantage", "value_target", "state_value"):
+        assert_close(found[key], expected[key])
+
+
+def test_shifted_leaves_out_a_step_whose_next_state_it_does_not_see():
+    network = critic(1)
+    batch = observed()
+    cut = batch["next", "truncated"].squeeze(-1).clone()
+    assert cut[0].tolist() == [False, False, False, False, True, True]
+    found = SoftMinGAE(
+        value_network=network, discount=0.9, gae_lambda=0.8, average_gae=False, shifted=True
+    )(batch.clone())
+    assert found["shifted_valid"].tolist() == [
+        [True, True, True, True, False, True],
+        [True, False, True, True, True, True],
+    ]
+    # By the sum, piece by piece: the one before it ends, with the value of the state it reached.
+    states = torch.cat([batch["observation"], batch["next", "observation"][:, -1:]], 1)
+    values = network.module(states).detach().squeeze(-1)
+    for row, pieces in enumerate(([(0, 4), (5, 6)], [(0, 1), (2, 6)])):
+        for first, last in pieces:
+            piece = slice(first, last)
+            expected, _ = gae_loop(
+                batch["next", "reward"][row : row + 1, piece, 0],
+                values[row : row + 1, piece],
+                mask=torch.ones(1, last - first, dtype=torch.bool),
+                terminated=batch["next", "terminated"][row : row + 1, piece, 0],
+                bootstrap_value=values[row : row + 1, last],
+                discount=0.9,
+                gae_lambda=0.8,
+            )
+            assert_close(found["advantage"][row, piece, 0].double(), expected[0])
+    assert not found["advantage"].squeeze(-1)[~found["shifted_valid"]].any()
+    # The objectives leave it out too.
+    found["log_prob"] = found["old_log_prob"] = found["entropy"] = torch.zeros(2, 6)
+    loss = ClippedPolicyLoss(entropy_coef=0.0, reduction="sum")
+    assert_close(loss(found)["loss_policy"], -found["advantage"].sum())
+    assert not loss.mask_of(found)[0, 4]
+
+
+def test_a_target_per_head_is_what_that_head_alone_would_estimate():
+    batch = rollout()
+    together = SoftMinGAE(per_head_targets=True, discount=0.9)(batch.clone())
+    assert together["value_target"].shape == (4, 5, 2)
+    assert_close(together["advantage"], SoftMinGAE(discount=0.9)(batch.clone())["advantage"])
+    for head in range(2):
+        alone = batch.clone()
+        alone["state_values"] = batch["state_values"][..., head : head + 1]
+        expected = SoftMinGAE(discount=0.9)(alone)["value_target"].squeeze(-1)
+        assert_close(together["value_target"][..., head], expected)
+    loss = SoftMinValueLoss()
+    by_hand = [
+        loss(together.copy().set("value_target", together["value_target"][..., k : k + 1])
+             .set("state_values", together["state_values"][..., k : k + 1]))["loss_value"]
+        for k in range(2)
+    ]  # fmt: skip
+    assert_close(loss(together)["loss_value"], sum(by_hand) / 2)
+
+
+def test_a_head_bootstraps_from_itself():
+    batch = rollout(truncated=True)
+    batch["bootstrap_values"] = torch.tensor([[1.0, 3.0]]).double().expand(4, 2)
+    together = SoftMinGAE(per_head_targets=True)(batch.clone())["value_target"]
+    for head in range(2):
+        alone = batch.clone()
+        for key in ("state_values", "bootstrap_values"):
+            alone[key] = batch[key][..., head : head + 1]
+        assert_close(together[..., head : head + 1], SoftMinGAE()(alone)["value_target"])
+
+
+def test_time_may_be_any_dimension():
+    arguments = {"value_network": critic(2), "discount": 0.9}
+    expected = SoftMinGAE(**arguments)(observed())
+    turned = observed().transpose(0, 1).contiguous()
+    by_argument = SoftMinGAE(**arguments)(turned.clone(), time_dim=0)
+    by_constructor = SoftMinGAE(time_dim=-2, **arguments)(turned.clone())
+    named = turned.clone()
+    named.names = ["time", None]
+    by_name = SoftMinGAE(shifted=False, **arguments)(named)
+    for found in (by_argument, by_constructor, by_name):
+        for key in ("advantage", "value_target", "state_value"):
+            assert_close(found[key].transpose(0, 1), expected[key])
+    one = SoftMinGAE(average_gae=False, **arguments)
+    row = one(observed()[0], time_dim=0)
+    assert_close(row["advantage"], one(observed())["advantage"][0])
+    with pytest.raises(ValueError, match=r"time_dim must be a dimension of the mask \(2, 6\)"):
+        one(observed(), time_dim=2)
+
+
+def test_the_batches_of_language_collectors_have_a_dimension_of_one():
+    batch = rollout()
+    expected = SoftMinGAE()(batch.clone())
+    nested = TensorDict({k: v.unsqueeze(1) for k, v in batch.items()}, [4, 1])
+    found = SoftMinGAE(per_head_targets=True)(nested)
+    assert_close(found["advantage"].squeeze(1), expected["advantage"])
+    assert found["value_target"].shape == (4, 1, 5, 2)
+
+
+def test_an_ambiguous_layout_is_refused():
+    """Where TorchRL takes the last dimension of the batch for time, whatever it is."""
+    estimate = SoftMinGAE(value_network=critic(2))
+    with pytest.raises(ValueError, match=r"which dimension of \(12,\) is time\?"):
+        estimate(observed().reshape(-1))
+    rows = TensorDict({k: v for k, v in rollout().items() if k != "response_mask"}, [4])
+    with pytest.raises(ValueError, match="batch must hold 'response_mask'"):
+        SoftMinGAE()(rows)
+
+
+def test_done_stands_in_for_truncated():
+    estimate = SoftMinGAE(value_network=critic(2))
+    expected = estimate(observed())
+    found = estimate(observed().exclude(("next", "truncated")))
+    assert_close(found["advantage"], expected["advantage"])
+    with pytest.raises(ValueError, match=r"batch must hold \('next', 'truncated'\)"):
+        estimate(observed().exclude(("next", "truncated"), ("next", "done")))
+
+
+def test_shifted_is_of_one_network_with_one_set_of_parameters():
+    with pytest.raises(ValueError, match="shifted must come with a value_network"):
+        SoftMinGAE(shifted=True)
+    network = critic(1)
+    target = TensorDict.from_module(network).data.clone()
+    with pytest.raises(ValueError, match="shifted is one forward"):
+        SoftMinGAE(value_network=network, shifted=True)(observed(), target_params=target)
+
+
+def test_the_objective_makes_its_estimator():
+    loss = SAFELoss(ActorCritic(continuous(), critic(2)))
+    loss.make_value_estimator(ValueEstimators.GAE, gamma=0.9, lmbda=0.8, average_gae=False)
+    estimate = loss.value_estimator
+    assert (estimate.discount, estimate.gae_lambda) == (0.9, 0.8)
+    assert estimate.value_network is loss.network.critic
+    loss.set_keys(advantage="a", state_values="v", response_mask="m")
+    assert estimate.tensor_keys.advantage == "a"
+    assert (estimate.tensor_keys.state_values, estimate.tensor_keys.response_mask) == ("v", "m")
+    assert estimate.tensor_keys.reward == ("next", "reward")
+    default = SAFELoss(ActorCritic(continuous(), critic(2))).value_estimator
+    assert (default.discount, default.gae_lambda) == (0.99, 0.95)
+    assert isinstance(PPOLoss().make_value_estimator("gae").value_estimator, SoftMinGAE)
+    assert isinstance(PPOLoss().make_value_estimator(SoftMinGAE).value_estimator, SoftMinGAE)
+    with pytest.raises(NotImplementedError, match="PPOLoss makes advantages with"):
+        PPOLoss().make_value_estimator(ValueEstimators.TDLambda)
+    with pytest.raises(TypeError, match="lamda"):
+        PPOLoss().make_value_estimator(lamda=0.5)
+
+
 def test_dispatch():
     batch = rollout()
-    arguments = {key: batch[key] for key in SoftMinGAE().in_keys[:-2]}
+    arguments = {key: batch[key] for key in SoftMinGAE().in_keys[:-3]}
     value, advantage, target = SoftMinGAE()(**arguments)
     result = SoftMinGAE()(batch)
     assert_close(value, result["state_value"])
@@ -190,6 +442,22 @@ def test_dispatch():
 def test_missing_keys(key):
     with pytest.raises(ValueError, match=f"batch must hold '{key}'"):
         SoftMinGAE()(rollout().exclude(key))
+
+
+def test_a_mask_that_lost_the_eos_is_refused():
+    """`token != pad` with pad == EOS: the row ends, and is paid, where nothing counts."""
+    batch = rollout()
+    last = batch["terminated"].squeeze(-1)
+    batch["response_mask"] = batch["response_mask"] & ~last
+    # The row of one token has none left, and nothing to say.
+    message = r"3 rows end where 'response_mask' is False.*token != pad"
+    with pytest.raises(ValueError, match=message):
+        SoftMinGAE()(batch)
+    batch["terminated"][1:] = False
+    with pytest.raises(ValueError, match="1 rows end"):
+        SoftMinGAE()(batch)
+    batch["terminated"][:] = False
+    SoftMinGAE()(batch)
 
 
 def test_errors():

@@ -20,10 +20,9 @@ from transformers import (
     LlamaModel,
 )
 
-from safe_rl import CausalLMActorCritic, SoftMinCritic
+from safe_rl import CausalLMActorCritic, SoftMinCritic, total_loss
 from safe_rl.objectives import SAFELoss
 from safe_rl.rollouts import left_pad, pack_rollout
-from tests.safe_rl.objectives.batches import total
 from tests.tiny_models import llama_config
 
 pytestmark = [
@@ -246,7 +245,7 @@ def test_every_adapter_gets_a_gradient_and_the_base_none(adapted):
     for key in ("advantage", "value_target"):
         batch[key] = torch.randn(4, 6, 1, generator=generator)
     batch["kl_coef"] = torch.ones(4)
-    total(SAFELoss(network)(batch)).backward()
+    total_loss(SAFELoss(network)(batch)).backward()
     trained = {n: p for n, p in peft_model.named_parameters() if p.requires_grad}
     assert len(trained) == 2 * 3 * 2  # A and B, of three projections, in two layers
     assert all(p.grad is not None and p.grad.any() for p in trained.values())

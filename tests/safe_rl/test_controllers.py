@@ -7,11 +7,12 @@ import torch.distributed as dist
 from tensordict import TensorDict
 from torch.testing import assert_close
 
+from safe_ops import kl_surrogate_token
 from safe_ops.controllers import AdaptiveKL, Controller, EntropyGatedKL
-from safe_rl import ControllerModule, PolicyMeasurements, SAFELoss
+from safe_rl import ControllerModule, GatedKLLoss, PolicyMeasurements, SAFELoss, total_loss
 from safe_rl.advantages import whiten_over_ranks
 from safe_rl.controllers import one_of, sum_over_ranks
-from tests.safe_rl.objectives.batches import TinyNetwork, make_batch, total
+from tests.safe_rl.objectives.batches import TinyNetwork, make_batch
 
 KEYS = ("kl", "entropy", "reward")
 
@@ -64,6 +65,19 @@ def test_a_rollout_of_nothing_measures_nothing():
     assert module.controller.state.non_finite == 1
 
 
+def test_first_tokens_of_torchrls_generating_path_are_refused():
+    batch = scored_batch()
+    batch["old_log_prob"][:, 0], batch["entropy"][:, 0] = 0.0, 1.0
+    with pytest.raises(ValueError, match=r"'old_log_prob' is 0 at the first token .*see Scores"):
+        PolicyMeasurements()(batch.clone())
+    # One row that is certain of its token is no such thing, nor are all without entropy.
+    some = batch.clone()
+    some["old_log_prob"][0, 0] = -0.1
+    PolicyMeasurements()(some)
+    batch["entropy"][:, 0] = 0.0
+    PolicyMeasurements()(batch)
+
+
 def test_many_small_tokens_are_summed_in_float64():
     shape = (64, 4096)
     small = torch.full(shape, 0.1, dtype=torch.bfloat16)
@@ -87,10 +101,34 @@ def test_missing_keys(key):
         PolicyMeasurements()(scored_batch().exclude(key))
 
 
+def test_steps_of_an_environment_need_no_mask():
+    """[B, T] as a collector gives them, flattened to frames: the same numbers and the same loss."""
+    generator = torch.Generator().manual_seed(0)
+    steps = {
+        key: torch.randn(2, 6, generator=generator)
+        for key in ("log_prob", "old_log_prob", "ref_log_prob", "entropy", "advantage")
+    }
+    rows = TensorDict(steps | {"score": torch.full((2, 6), 3.0)}, [2, 6])
+    rows = ControllerModule(EntropyGatedKL(coef=1.0))(PolicyMeasurements()(rows))
+    assert_close(rows["measurements", "kl"], (rows["old_log_prob"] - rows["ref_log_prob"]).mean()
+                 .expand(2, 6))  # fmt: skip
+    assert rows["measurements", "reward"].unique().tolist() == [3.0]
+    frames = rows.reshape(-1)
+    again = PolicyMeasurements()(frames.exclude("measurements"))
+    assert_close(again["measurements"].to_dict(), frames["measurements"].to_dict())
+    loss = GatedKLLoss(surrogate=kl_surrogate_token)
+    expected = loss(rows)
+    assert_close(loss(frames).to_dict(), expected.to_dict())
+    shares = torch.stack([loss(part)["loss_kl"] for part in frames.split(4)])
+    assert_close(shares.mean(), expected["loss_kl"])
+
+
 def test_a_score_per_token_is_refused():
     batch = scored_batch()
     batch["score"] = torch.zeros(4, 5)
-    with pytest.raises(ValueError, match=r"one score per sequence, got \(4, 5\) and mask \(4, 5\)"):
+    with pytest.raises(
+        ValueError, match=r"one score per entry of the batch, got \(4, 5\) and mask \(4, 5\)"
+    ):
         PolicyMeasurements()(batch)
 
 
@@ -109,18 +147,19 @@ def test_the_module_does_what_the_law_does():
 def test_the_batch_feeds_the_loss():
     """Controller to objective by keys alone, in a batch [B] and in one [B, T]."""
     losses = []
-    for size in ([4], [4, 5]):
-        batch = ControllerModule(EntropyGatedKL())(PolicyMeasurements()(scored_batch()))
-        shared = {
-            "kl_coef": torch.tensor(0.7),
-            "response_tokens_mean": batch["response_tokens_mean"][0],
-        }
-        tensors = {k: v for k, v in batch.items() if k in SAFELoss().in_keys and k not in shared}
-        laid_out = TensorDict(tensors, size)
-        for key, value in shared.items():
-            laid_out[key] = value.expand(size)
-        losses.append(total(SAFELoss()(laid_out)))
-    assert_close(losses[0], losses[1])
+    for size in (torch.Size([4]), torch.Size([4, 5])):
+        given = scored_batch()
+        given["ref_log_prob"] = given["ref_log_prob"] - 1
+        per_token = {key: v for key, v in given.items() if v.shape[: len(size)] == size}
+        batch = TensorDict(per_token, size)
+        batch["score"] = given["score"].reshape(4, *[1] * (len(size) - 1)).expand(size)
+        batch = ControllerModule(EntropyGatedKL(coef=1.0))(PolicyMeasurements()(batch))
+        assert batch["kl_coef"].shape == size
+        # Tokens of an entry: of a sequence, or whether a step counts.
+        assert_close(batch["response_tokens_mean"], torch.full(size, 13 / size.numel()))
+        losses.append(SAFELoss()(batch))
+    assert losses[0]["loss_kl"] != 0
+    assert_close(losses[0].to_dict(), losses[1].to_dict())
 
 
 def test_another_law_names_its_own_keys():
@@ -202,7 +241,7 @@ def on_rank(rank: int, folder: str) -> None:
     white = whiten_over_ranks(batch["advantage"].squeeze(-1), batch["response_mask"])
     batch = ControllerModule(EntropyGatedKL(coef=1.0))(batch)
     network = TinyNetwork()
-    loss = total(SAFELoss(network)(batch))
+    loss = total_loss(SAFELoss(network)(batch))
     loss.backward()
     torch.save(
         {
@@ -226,7 +265,7 @@ def test_two_ranks_are_one_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     whole = ControllerModule(EntropyGatedKL(coef=1.0))(whole)
     expected = whole.select("measurements", "response_tokens_mean", "kl_coef")[:2].to_dict()
     network = TinyNetwork()
-    loss = total(SAFELoss(network)(whole))
+    loss = total_loss(SAFELoss(network)(whole))
     loss.backward()
     for rank in ranks:
         assert_close(rank["measured"], expected, rtol=0, atol=0)

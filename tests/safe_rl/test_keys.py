@@ -2,11 +2,19 @@ import re
 
 import pytest
 import torch
-from tensordict import TensorDict
+from tensordict import TensorDict, lazy_stack
 
 import safe_rl.keys
 from safe_rl import KLReward, PolicyMeasurements, SAFELoss, SoftMinGAE
-from safe_rl.keys import at_least_float32, read, read_coefficient, read_heads, read_per_token
+from safe_rl.keys import (
+    at_least_float32,
+    dense,
+    read,
+    read_coefficient,
+    read_heads,
+    read_mask,
+    read_per_token,
+)
 from tests.safe_rl.objectives.batches import TinyNetwork
 
 MASK = torch.ones(2, 3, dtype=torch.bool)
@@ -55,6 +63,80 @@ def test_heads(shape, heads):
 def test_heads_refuse_other_shapes(shape):
     with pytest.raises(ValueError, match=re.escape(f"got {shape} and mask (2, 3)")):
         read_heads(batch(torch.ones(shape)), "x", MASK)
+
+
+@pytest.mark.parametrize("size", [(6,), (2, 3)])
+@pytest.mark.parametrize("trailing", [(), (1,)])
+def test_every_step_of_an_environment_counts(size, trailing):
+    steps = TensorDict({"x": torch.ones(*size, *trailing)}, size)
+    mask = read_mask(steps, "mask", like="x")
+    assert mask.all()
+    assert mask.shape == size
+    steps["mask"] = torch.zeros(size, dtype=torch.bool)
+    assert not read_mask(steps, "mask", like="x").any()
+
+
+@pytest.mark.parametrize(("size", "shape"), [((2,), (2, 3)), ((2,), (2, 3, 1)), ((), (2, 3))])
+def test_sequences_need_a_mask(size, shape):
+    with pytest.raises(ValueError, match=r"batch must hold 'mask', got \['x'\]"):
+        read_mask(TensorDict({"x": torch.ones(shape)}, size), "mask", like="x")
+
+
+def test_a_dense_batch_is_left_as_it_is():
+    rows = batch(torch.ones(2, 3))
+    assert dense(rows, ["x"], mask="mask") is rows
+
+
+def test_ragged_rows_are_padded_on_the_right_and_prompts_on_the_left():
+    rows = lazy_stack(
+        [
+            TensorDict(
+                {
+                    "tokens": {"prompt": torch.full((p,), 7), "response": torch.full((t,), 8)},
+                    "prompt_mask": torch.ones(p, dtype=torch.bool),
+                    "mask": torch.ones(t, dtype=torch.bool),
+                    "values": torch.ones(t, 2),
+                    "coef": torch.tensor(0.5),
+                },
+                [],
+            )
+            for p, t in ((1, 3), (2, 0), (3, 1))
+        ]
+    )
+    keys = [("tokens", "prompt"), ("tokens", "response"), "prompt_mask", "mask", "values", "coef"]
+    padded = dense(rows, [*keys, "missing"], mask="mask")
+    assert padded["tokens", "prompt"].tolist() == [[0, 0, 7], [0, 7, 7], [7, 7, 7]]
+    assert padded["tokens", "response"].tolist() == [[8, 8, 8], [0, 0, 0], [8, 0, 0]]
+    assert padded["prompt_mask"].sum(1).tolist() == [1, 2, 3]
+    assert padded["mask"].tolist() == [[True] * 3, [False] * 3, [True, False, False]]
+    assert padded["values"].sum(-1).tolist() == [[2, 2, 2], [0, 0, 0], [2, 0, 0]]
+    assert padded["coef"].tolist() == [0.5] * 3
+    assert padded.batch_size == (3,)
+    assert "missing" not in set(padded.keys())
+
+
+def test_a_key_that_some_rows_lack_is_missing():
+    rows = lazy_stack([TensorDict({"x": torch.ones(1)}, []), TensorDict({}, [])])
+    assert not set(dense(rows, ["x"], mask="mask").keys())
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_the_lengths_of_batch_dimensions_are_the_mask(given):
+    rows = [TensorDict({"x": torch.ones(n, 1)}, [n]) for n in (1, 3)]
+    if given:
+        rows[1]["mask"] = torch.tensor([True, False, True])
+        rows[0]["mask"] = torch.tensor([True])
+    padded = dense(lazy_stack(rows), ["x", "mask"], mask="mask")
+    assert padded.batch_size == (2, 3)
+    assert padded["x"].shape == (2, 3, 1)
+    assert padded["mask"].tolist() == [[True, False, False], [True, not given, True]]
+
+
+def test_rows_along_another_dimension():
+    rows = lazy_stack([TensorDict({"x": torch.ones(2, n)}, [2]) for n in (1, 3)], 1)
+    padded = dense(rows, ["x"], mask="mask")
+    assert padded.batch_size == (2, 2)
+    assert padded["x"].sum(-1).tolist() == [[1, 3], [1, 3]]
 
 
 def test_coefficient_per_row_is_not_one_per_column():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from functorch.compile import make_boxed_func
 from tensordict import TensorDict
+from tensordict.nn import TensorDictSequential
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.testing import assert_close
@@ -15,9 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from safe_ops import linear_log_probs
 from safe_ops.compilation import compile_with
 from safe_ops.controllers import EntropyGatedKL
-from safe_rl import ControllerModule, PolicyMeasurements, SAFELoss, SoftMinCritic, SoftMinGAE
+from safe_rl import (
+    ControllerModule,
+    PolicyMeasurements,
+    SAFELoss,
+    SoftMinCritic,
+    SoftMinGAE,
+    total_loss,
+)
 from safe_rl.controllers import one_of
-from tests.safe_rl.objectives.batches import total
 
 HIDDEN, VOCABULARY = 16, 32
 # Sums in another order, in float32.
@@ -44,7 +51,7 @@ class LossPart(nn.Module):
         batch["log_prob"], batch["entropy"] = scored
         batch["state_values"] = self.critic(hidden)
         batch = self.advantages(self.control(self.measure(batch)))
-        return total(self.loss(batch)), batch.select(
+        return total_loss(self.loss(batch)), batch.select(
             "kl_coef", "kl_threshold", "advantage"
         ).detach()
 
@@ -258,3 +265,52 @@ def test_in_a_graph_a_truncated_row_without_a_value_is_nan() -> None:
     found, mask = advantage(batch), batch["response_mask"]
     assert found[0][mask[0]].isnan().all()
     assert found[1:].isfinite().all()
+
+
+def chain() -> TensorDictSequential:
+    """From a scored rollout to the losses, TensorDict to TensorDict."""
+    return TensorDictSequential(
+        PolicyMeasurements(),
+        ControllerModule(EntropyGatedKL(coef=1.0)),
+        SoftMinGAE(discount=0.99),
+        SAFELoss(token_kl_coef=0.1),
+    )
+
+
+def scored(step: int) -> TensorDict:
+    """Keys in another order at every step, in a batch of another size."""
+    hidden, given = entries(*sizes(step), seed=step)
+    given["log_prob"] = given["old_log_prob"] + 0.01 * hidden[..., 0]
+    given["entropy"] = hidden[..., 1].abs()
+    given["state_values"] = hidden[..., 2:4].clone()
+    order = torch.randperm(len(given), generator=torch.Generator().manual_seed(step)).tolist()
+    names = list(given)
+    batch = TensorDict({names[place]: given[names[place]] for place in order}, [hidden.shape[0]])
+    batch.pop("tokens")
+    return batch
+
+
+def test_the_chain_of_modules_is_one_graph() -> None:
+    graphs, orders = [], set()
+
+    def capture(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    eager, module = chain(), chain()
+    # tensordict remembers what it has met, and a graph guards it.
+    chain()(scored(1))
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=capture)
+    # From 3 rows: at first they must not be as many as the two heads.
+    for step in range(1, 9):
+        for each in (eager, module):
+            each[-1].entropy_coef = 0.01 / (1 + step)
+            each[-1].value_coef = 0.5 * (1 + step)
+        batch = scored(step)
+        orders.add(tuple(batch.keys()))
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            found = compiled(batch)
+        assert_close(found.to_dict(), eager(scored(step)).to_dict(), **CLOSE)
+    assert len(orders) == 8
+    assert len(graphs) == 1
+    assert module[1].controller.state.step == 8

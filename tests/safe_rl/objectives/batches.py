@@ -69,7 +69,3 @@ class TinyNetwork(TensorDictModuleBase):
         tensordict["log_prob"], tensordict["entropy"] = scored
         tensordict["state_values"] = self.values.expand(rows, -1, -1)
         return tensordict
-
-
-def total(losses: TensorDictBase) -> Tensor:
-    return torch.stack([v for k, v in losses.items() if k.startswith("loss_")]).sum()

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from tensordict import TensorDict
+from tensordict import TensorDict, lazy_stack
 from torch.testing import assert_close
 
 from safe_ops import kl_surrogate_token
@@ -16,8 +16,9 @@ from safe_rl import (
     SAFELoss,
     SoftMinValueLoss,
     TokenKLLoss,
+    total_loss,
 )
-from tests.safe_rl.objectives.batches import LENGTHS, TinyNetwork, make_batch, total
+from tests.safe_rl.objectives.batches import LENGTHS, TinyNetwork, make_batch
 
 OBJECTIVES = {
     "clipped_policy": ClippedPolicyLoss,
@@ -138,7 +139,7 @@ def test_gradients_reach_the_parameters_that_the_loss_is_about(make, functional)
     network = TinyNetwork()
     loss = make(network, functional=functional)
     assert loss.functional is functional
-    total(loss(make_batch(fresh=False))).backward()
+    total_loss(loss(make_batch(fresh=False))).backward()
     grads = {name.split(".")[-1]: p.grad for name, p in loss.named_parameters()}
     policy = "log_prob" in loss.fresh
     critic = "state_values" in loss.fresh
@@ -155,7 +156,7 @@ def test_only_losses_have_gradients_and_only_to_fresh_keys(make):
     loss = make()
     result = loss(batch)
     assert all(value.requires_grad == k.startswith("loss_") for k, value in result.items())
-    total(result).backward()
+    total_loss(result).backward()
     assert {key for key in floats if batch[key].grad is not None} <= {*loss.fresh}
 
 
@@ -178,7 +179,7 @@ def test_padding_may_hold_anything(make, poison):
             batch[key] = leaf
         result = make()(batch)
         results.append(result.detach().to_dict())
-        grads.append(torch.autograd.grad(total(result), leaves, materialize_grads=True))
+        grads.append(torch.autograd.grad(total_loss(result), leaves, materialize_grads=True))
     assert_close(results[1], results[0], rtol=0, atol=0)
     for got, expected in zip(grads[1], grads[0], strict=True):
         assert_close(got, expected, rtol=0, atol=0)
@@ -190,12 +191,12 @@ def test_padding_may_hold_anything(make, poison):
 def test_shards_and_accumulation_equal_the_full_batch(make, rows):
     batch = make_batch(fresh=False)
     whole, parts = TinyNetwork(), TinyNetwork()
-    full = total(make(whole)(batch))
+    full = total_loss(make(whole)(batch))
     full.backward()
     pieces = batch.split(rows)
     summed = 0.0
     for piece in pieces:
-        share = total(make(parts)(piece)) / len(pieces)
+        share = total_loss(make(parts)(piece)) / len(pieces)
         share.backward()
         summed += share.detach()
     assert_close(summed, full.detach(), rtol=0, atol=1e-12)
@@ -212,7 +213,16 @@ def test_without_the_rollouts_count_the_batch_counts_itself(make):
     expected = loss(batch)
     assert_close(loss(batch.exclude("response_tokens_mean")).to_dict(), expected.to_dict())
     batch["response_tokens_mean"] = 2 * batch["response_tokens_mean"]
-    assert_close(total(loss(batch)), total(expected) / 2)
+    assert_close(total_loss(loss(batch)), total_loss(expected) / 2)
+
+
+@every
+def test_one_number_of_tokens_is_that_of_a_row(make):
+    batch = make_batch()
+    expected = make()(batch).to_dict()
+    loose = {key: value for key, value in batch.items() if key != "tokens"}
+    loose["response_tokens_mean"] = loose["response_tokens_mean"][0]
+    assert_close(make()(TensorDict(loose, [])).to_dict(), expected)
 
 
 @every
@@ -236,7 +246,129 @@ def test_an_empty_batch_of_padding_costs_nothing(make):
     for given in (batch, batch.exclude("response_tokens_mean")):
         result = make()(given)
         assert all(torch.isfinite(value) for value in result.values())
-        assert total(result) == 0
+        assert total_loss(result) == 0
+
+
+@every
+def test_a_response_of_no_tokens_counts_nothing(make):
+    """As a row of its own: the sums stay, and only the mean over rows would know of it."""
+    batch = make_batch()
+    batch["response_mask"][2] = False
+    kept = batch[torch.tensor([0, 1, 3])]
+    for given in (batch, kept):
+        given.pop("response_tokens_mean")
+    found, expected = make()(batch), make()(kept)
+    assert all(torch.isfinite(value) for value in found.values())
+    assert_close(found.to_dict(), expected.to_dict())
+
+
+@every
+def test_reductions(make):
+    batch = make_batch()
+    mask = batch["response_mask"]
+    mean, summed, each = (make(reduction=how)(batch) for how in ("mean", "sum", "none"))
+    losses = [key for key in mean.keys() if key.startswith("loss_")]  # noqa: SIM118
+    for key in losses:
+        assert each[key].shape == mask.shape
+        assert not each[key][~mask].any()
+        assert_close(each[key].sum(), summed[key])
+        assert_close(summed[key] / mask.sum(), mean[key])
+    assert_close(summed.exclude(*losses).to_dict(), mean.exclude(*losses).to_dict())
+    later = make()
+    later.reduction = "none"
+    assert_close(later(batch).to_dict(), each.to_dict())
+    with pytest.raises(ValueError, match="reduction must be 'mean', 'sum' or 'none', got 'avg'"):
+        make(reduction="avg")
+
+
+@every
+def test_out_keys_can_be_selected(make):
+    loss = make()
+    first = loss.out_keys[0]
+    expected = loss(make_batch())[first]
+    loss.select_out_keys(first)
+    assert list(loss(make_batch()).keys()) == [first]
+    assert_close(loss(**{key: make_batch()[key] for key in loss.in_keys}), expected)
+
+
+STEP_ENTRIES = ("log_prob", "old_log_prob", "ref_log_prob", "entropy", "advantage", "value_target")
+
+
+def flat(batch: TensorDict) -> TensorDict:
+    """The tokens that count, as frames [N] of an environment, without a mask."""
+    mask = batch["response_mask"]
+    frames = {key: batch[key][mask] for key in (*STEP_ENTRIES, "state_values", "old_state_values")}
+    frames["kl_baseline"] = batch["kl_baseline"][mask]
+    for key in ("kl_coef", "kl_threshold", "entropy_gate"):
+        frames[key] = batch[key][0].expand(int(mask.sum()))
+    return TensorDict(frames, [int(mask.sum())])
+
+
+@every
+def test_frames_need_no_mask(make):
+    loss, batch = make(), make_batch().exclude("response_tokens_mean")
+    sequences = [part for part in (loss, *loss.modules()) if getattr(part, "surrogate", None)]
+    if any(part.surrogate is not kl_surrogate_token for part in sequences):
+        with pytest.raises(ValueError, match=r"must be \[B, T\], got \(13,\).*kl_surrogate_token"):
+            loss(flat(batch))
+        for part in sequences:
+            part.surrogate = kl_surrogate_token
+    assert_close(loss(flat(batch)).to_dict(), loss(batch).to_dict())
+    steps = TensorDict({key: torch.stack([v, v]) for key, v in flat(batch).items()}, [2, 13])
+    assert_close(loss(steps).to_dict(), loss(batch).to_dict())
+
+
+def ragged(batch: TensorDict) -> TensorDict:
+    """Row by row, each as long as it is: what collectors of language models stack lazily."""
+    rows = []
+    for row, length in zip(batch.unbind(0), LENGTHS, strict=True):
+        cut = {
+            key: value[:length] if value.ndim and value.shape[0] == 5 else value
+            for key, value in row.items()
+            if key != "tokens"
+        }
+        rows.append(TensorDict(cut, []))
+    return lazy_stack(rows)
+
+
+@every
+def test_lazily_stacked_ragged_batches(make):
+    loss, batch = make(), make_batch()
+    expected = loss(batch).to_dict()
+    assert_close(loss(ragged(batch)).to_dict(), expected)
+    one = lazy_stack([row.unsqueeze(0) for row in ragged(batch).unbind(0)])
+    assert one.batch_size == (4, 1)
+    assert_close(loss(one).to_dict(), expected)
+    moved = ragged(batch)
+    for name in vars(loss.tensor_keys):
+        if moved.get(name, None, as_list=True) is not None:
+            moved.rename_key_(name, ("elsewhere", name))
+            loss.set_keys(**{name: ("elsewhere", name)})
+    assert_close(loss(moved).to_dict(), expected)
+
+
+@every
+def test_a_ragged_batch_with_an_empty_response(make):
+    loss, batch = make(), make_batch()
+    batch["response_mask"][1] = False
+    batch.pop("response_tokens_mean")
+    rows = list(ragged(batch).unbind(0))
+    rows[1] = TensorDict(
+        {key: value[:0] if value.ndim else value for key, value in rows[1].items()}, []
+    )
+    assert_close(loss(lazy_stack(rows)).to_dict(), loss(batch).to_dict())
+
+
+@every
+def test_trajectories_as_batch_dimensions_need_no_mask(make):
+    """Environments' trajectories of unequal length: [T] each, so the lengths say what counts."""
+    loss, batch = make(), make_batch().exclude("response_tokens_mean")
+    rows = []
+    for row in ragged(batch).unbind(0):
+        length = int(row["response_mask"].sum())
+        steps = {key: v if v.ndim else v.expand(length) for key, v in row.items()}
+        rows.append(TensorDict(steps, [length]).exclude("response_mask"))
+    assert_close(loss(lazy_stack(rows)).to_dict(), loss(batch).to_dict())
 
 
 @every
@@ -314,7 +446,8 @@ def test_one_graph_under_compile(make):
         results = [compiled(given), loss(given)]
         assert_close(results[0].to_dict(), results[1].to_dict())
         gradients = [
-            torch.autograd.grad(total(result), leaves, materialize_grads=True) for result in results
+            torch.autograd.grad(total_loss(result), leaves, materialize_grads=True)
+            for result in results
         ]
         assert_close(*gradients)
     assert len(graphs) == 1

@@ -192,8 +192,17 @@ def test_measured_kl_by_hand():
 
 def test_frames_have_no_sequence_kl():
     frames = make_batch().select(*GatedKLLoss().in_keys).exclude("response_tokens_mean")[0]
-    with pytest.raises(ValueError, match=r"must be \[B, T\], got \(5,\)"):
+    with pytest.raises(ValueError, match=r"must be \[B, T\], got \(5,\).*kl_surrogate_token"):
         GatedKLLoss()(frames)
+    assert GatedKLLoss(surrogate=kl_surrogate_token)(frames)["loss_kl"] != 0
+
+
+def test_what_acts_is_beside_the_loss():
+    batch = make_batch()
+    result = GatedKLLoss()(batch)
+    assert_close(result["kl_coef_mean"].item(), 0.7)
+    assert_close(result["entropy_gate_mean"].item(), 1.5)
+    assert GatedKLLoss()(batch.exclude("entropy_gate"))["entropy_gate_mean"] == 1
 
 
 def test_token_kl_by_hand():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tensordict import TensorDict
 from torch.testing import assert_close
 
 from safe_rl import (
@@ -11,8 +12,9 @@ from safe_rl import (
     SAFELoss,
     SoftMinValueLoss,
     TokenKLLoss,
+    total_loss,
 )
-from tests.safe_rl.objectives.batches import TinyNetwork, make_batch, total
+from tests.safe_rl.objectives.batches import TinyNetwork, make_batch
 
 SUMS = {
     "safe": (SAFELoss(), [ClippedPolicyLoss(), SoftMinValueLoss(), GatedKLLoss()]),
@@ -52,9 +54,9 @@ def test_ppo_has_no_kl_in_the_loss():
 def test_gradients_of_the_sum_are_those_of_the_parts():
     batch = make_batch(fresh=False)
     together, apart = TinyNetwork(), TinyNetwork()
-    total(SAFELoss(together)(batch)).backward()
+    total_loss(SAFELoss(together)(batch)).backward()
     for part in (ClippedPolicyLoss, SoftMinValueLoss, GatedKLLoss):
-        total(part(apart)(batch)).backward()
+        total_loss(part(apart)(batch)).backward()
     for got, expected in zip(together.parameters(), apart.parameters(), strict=True):
         assert_close(got.grad, expected.grad)
 
@@ -72,9 +74,9 @@ def test_coefficients_of_the_parts_are_set_on_the_sum():
 
 def test_keys_are_set_in_the_parts():
     loss, batch = SAFELoss(), make_batch()
-    expected = total(loss(batch))
+    expected = total_loss(loss(batch))
     loss.set_keys(ref_log_prob="reference")
-    assert_close(total(loss(batch.rename_key_("ref_log_prob", "reference"))), expected)
+    assert_close(total_loss(loss(batch.rename_key_("ref_log_prob", "reference"))), expected)
     assert "reference" in loss.in_keys
     loss.set_keys(ref_log_prob=None)
     assert "ref_log_prob" in loss.in_keys
@@ -88,9 +90,26 @@ def test_an_adam_step_lowers_each_loss():
     optimizer = torch.optim.Adam(loss.parameters(), lr=1e-2)
     values = []
     for _ in range(10):
-        value = total(loss(batch))
+        value = total_loss(loss(batch))
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
         values.append(value.item())
     assert values == sorted(values, reverse=True)
+
+
+def test_diagnostics_do_not_reach_the_gradient():
+    """TorchRL's `losses.mean(reduce=True)` has their values in it, and a factor, but no more."""
+    batch = make_batch(fresh=False)
+    gradients = []
+    for reduce in (total_loss, lambda losses: losses.mean(reduce=True)):
+        network = TinyNetwork()
+        losses = SAFELoss(network)(batch)
+        reduce(losses).backward()
+        gradients.append([p.grad for p in network.parameters()])
+    assert losses.mean(reduce=True) != total_loss(losses) / len(losses.keys())
+    for got, averaged in zip(*gradients, strict=True):
+        assert_close(averaged * len(losses.keys()), got)
+    assert_close(total_loss(losses), total_loss(losses))
+    with pytest.raises(ValueError, match=r"must hold loss_\* entries, got \['kl'\]"):
+        total_loss(TensorDict({"kl": torch.zeros(())}, []))

@@ -1,0 +1,184 @@
+"""Measurements, controller, advantages and objective as one TorchRL pipeline."""
+
+import pytest
+import torch
+from tensordict import TensorDict, lazy_stack
+from tensordict.nn import TensorDictModule, TensorDictSequential
+from torch import nn
+from torch.testing import assert_close
+from torchrl.collectors import Collector
+from torchrl.modules import OneHotCategorical, ProbabilisticActor
+from torchrl.testing.mocking_classes import DiscreteActionVecMockEnv
+from transformers import LlamaForCausalLM
+
+from safe_ops import kl_surrogate_token
+from safe_ops.controllers import EntropyGatedKL
+from safe_rl import (
+    ActorCritic,
+    CausalLMActorCritic,
+    ClippedPolicyLoss,
+    ControllerModule,
+    PolicyMeasurements,
+    SAFELoss,
+    Scores,
+    SoftMinCritic,
+    SoftMinGAE,
+    total_loss,
+)
+from tests.safe_rl.objectives.batches import TinyNetwork, make_batch
+from tests.safe_rl.test_causal_lm import LENGTHS, PROMPTS, rollout
+from tests.tiny_models import llama_config
+
+DECISIONS = ("kl_threshold", "entropy_gate", "kl_momentum", "kl_coef")
+
+
+def scored() -> TensorDict:
+    batch = make_batch(fresh=False)
+    batch["entropy"] = torch.ones(4, 5, dtype=torch.float64)
+    batch["score"] = torch.ones(4, dtype=torch.float64)
+    batch["ref_log_prob"] = batch["ref_log_prob"] - 1
+    return batch.exclude("kl_coef", "kl_threshold", "entropy_gate", "response_tokens_mean")
+
+
+def test_a_sequential_ends_in_the_objective():
+    law = EntropyGatedKL(coef=1.0)
+    network = TinyNetwork()
+    pipeline = TensorDictSequential(PolicyMeasurements(), ControllerModule(law), SAFELoss(network))
+    losses = pipeline(scored())
+    by_hand = ControllerModule(law)(PolicyMeasurements()(scored()))
+    assert by_hand["kl_coef"][0] > 0
+    assert_close(losses.to_dict(), SAFELoss(network)(by_hand).to_dict())
+    total_loss(losses).backward()
+    assert network.logits.grad.any()
+    # What the pipeline asks for is what nothing in it writes.
+    assert "kl_coef" not in pipeline.in_keys
+    assert {"old_log_prob", "ref_log_prob", "score", "response_mask"} <= set(pipeline.in_keys)
+
+
+def test_its_state_is_in_the_pipelines_state_dict():
+    first, second = (
+        TensorDictSequential(PolicyMeasurements(), ControllerModule(EntropyGatedKL(coef=1.0)))
+        for _ in range(2)
+    )
+    first(scored())
+    second.load_state_dict(first.state_dict())
+    assert_close(first(scored()).to_dict(), second(scored()).to_dict(), rtol=0, atol=0)
+
+
+def test_in_the_postproc_of_a_collector():
+    """One update of the law a rollout, whatever the number of epochs and minibatches later."""
+    torch.manual_seed(0)
+    environment = DiscreteActionVecMockEnv()
+    size = environment.observation_spec["observation"].shape[-1]
+    actions = environment.action_spec.shape[-1]
+    net = TensorDictModule(nn.Linear(size, actions), ["observation"], ["logits"])
+    actor = ProbabilisticActor(
+        net, ["logits"], distribution_class=OneHotCategorical, return_log_prob=True
+    )
+    critic = TensorDictModule(nn.Linear(size, 2), ["observation"], ["state_values"])
+    network = ActorCritic(actor, critic)
+    reference = ActorCritic(
+        ProbabilisticActor(
+            TensorDictModule(nn.Linear(size, actions), ["observation"], ["logits"]),
+            ["logits"],
+            distribution_class=OneHotCategorical,
+        )
+    )
+    controller = ControllerModule(EntropyGatedKL(coef=1.0, threshold=0.1))
+    postproc = TensorDictSequential(
+        Scores(network, {"log_prob": "old_log_prob", "entropy": "entropy"}),
+        Scores(reference, {"log_prob": "ref_log_prob"}),
+        TensorDictModule(lambda reward: reward.mean().expand(reward.shape),
+                         [("next", "reward")], ["score"]),
+        PolicyMeasurements(),
+        controller,
+        SoftMinGAE(value_network=critic, time_dim=0),
+    )  # fmt: skip
+    collector = Collector(
+        environment,
+        actor,
+        frames_per_batch=20,
+        total_frames=60,
+        postproc=postproc,
+        auto_register_policy_transforms=False,
+    )
+    loss = SAFELoss(network, surrogate=kl_surrogate_token)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    for update, batch in enumerate(collector, start=1):
+        assert controller.controller.state.step == update
+        for key in (*DECISIONS, "advantage", "value_target", "ref_log_prob"):
+            assert batch[key].shape[:1] == (20,)
+        assert_close(batch["old_log_prob"], batch["action_log_prob"])
+        for minibatch in batch.split(10):
+            optimizer.zero_grad()
+            total_loss(loss(minibatch)).backward()
+            optimizer.step()
+    assert update == 3
+    assert controller.controller.state.step == 3
+    collector.shutdown()
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_loop_step_is_one_call(nested):
+    """Measure, decide and lose in one module, with keys of one's own."""
+    measure, loss = PolicyMeasurements(), SAFELoss()
+    batch = make_batch().exclude("kl_coef", "kl_threshold", "entropy_gate")
+    batch["score"] = torch.ones(4, dtype=torch.float64)
+    expected = TensorDictSequential(measure, ControllerModule(EntropyGatedKL()), loss)(
+        batch.clone()
+    )
+    out_keys = {("control", key) if nested else key: key for key in DECISIONS}
+    measure, loss = PolicyMeasurements(), SAFELoss()
+    if nested:
+        loss.set_keys(**{key: ("control", key) for key in ("kl_coef", "entropy_gate")})
+        measure.set_keys(kl=("m", "kl"))
+    controller = ControllerModule(
+        EntropyGatedKL(),
+        in_keys={
+            "kl": ("m", "kl") if nested else ("measurements", "kl"),
+            "entropy": ("measurements", "entropy"),
+            "reward": ("measurements", "reward"),
+        },
+        out_keys=out_keys,
+    )
+    found = TensorDictSequential(measure, controller, loss)(batch)
+    assert_close(found.to_dict(), expected.to_dict(), rtol=0, atol=0)
+
+
+def test_ragged_prompts_and_responses_of_a_language_model():
+    """Lazily stacked rows, unpadded, give what the packed batch gives: value and gradient."""
+    gradients, losses = [], []
+    packed = rollout(prompt_width=5)
+    rows = []
+    for row, prompt, length in zip(packed.unbind(0), PROMPTS, LENGTHS, strict=True):
+        rows.append(
+            TensorDict(
+                {
+                    "tokens": {
+                        "prompt": torch.tensor(prompt),
+                        "response": row["tokens", "response"][:length],
+                    },
+                    "prompt_mask": torch.ones(len(prompt), dtype=torch.bool),
+                    "response_mask": torch.ones(length, dtype=torch.bool),
+                },
+                [],
+            )
+        )
+    for batch in (packed.exclude("response_tokens_mean"), lazy_stack(rows)):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(llama_config(20)).eval()
+        network = CausalLMActorCritic(model, SoftMinCritic(16))
+        loss = ClippedPolicyLoss(network)
+        given = []
+        for row, length in zip(batch.unbind(0), LENGTHS, strict=True):
+            width = row["response_mask"].shape[0]
+            place = torch.arange(width) / 7
+            extra = {"old_log_prob": -2 - place, "advantage": 1 + place * length}
+            given.append(row.copy().update(extra))
+        result = loss(lazy_stack(given))
+        losses.append(result.detach().to_dict())
+        total_loss(result).backward()
+        gradients.append(model.get_output_embeddings().weight.grad)
+    assert_close(losses[1], losses[0])
+    assert_close(gradients[1], gradients[0])
+    assert gradients[0].any()
