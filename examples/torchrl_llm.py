@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
+from torch import Tensor
 from torch.utils.data import DataLoader
 from torchrl.collectors.llm import LLMCollector
 from torchrl.envs import InitTracker, Transform
@@ -71,9 +72,9 @@ class Rollout(TensorDictModuleBase):
     lose the EOS of every answer. Its log-probs are not read at all, since the first is always 0.
     """
 
-    def __init__(self, policy: Policy, *, width: int) -> None:
+    def __init__(self, *, eos_ids: Tensor, pad_id: int, width: int) -> None:
         super().__init__()
-        self.policy, self.width = policy, width
+        self.eos_ids, self.pad_id, self.width = eos_ids, pad_id, width
         self.in_keys = [("tokens", "prompt"), ("tokens", "response"), ("next", "reward")]
         self.out_keys = [("tokens", "prompt"), ("tokens", "response"), "response_mask", "score"]
 
@@ -84,11 +85,11 @@ class Rollout(TensorDictModuleBase):
         )
         batch = pack_rollout(
             prompt,
-            (prompt != self.policy.pad_id).cummax(1).values,
+            (prompt != self.pad_id).cummax(1).values,
             response,
-            self.policy.eos_ids,
+            self.eos_ids,
             width=self.width,
-            pad_id=self.policy.pad_id,
+            pad_id=self.pad_id,
         )
         return place_score(batch, tensordict["next", "reward"].flatten())
 
@@ -107,7 +108,9 @@ class WithoutAdapters(TensorDictModuleBase):
             return self.network(tensordict)
 
 
-def chat_environment(policy: Policy, prompts: list[str], config: Config) -> DatasetChatEnv:
+def chat_environment(
+    policy: Policy, prompts: list[str], reward: Reward, config: Config
+) -> DatasetChatEnv:
     """``batch_size`` chats at a time, each of one turn, as texts of the model's own template."""
     queries: Any = [{"query": prompt} for prompt in prompts]  # a list has what a Dataset needs
     asked = DataLoader(
@@ -119,7 +122,7 @@ def chat_environment(policy: Policy, prompts: list[str], config: Config) -> Data
     )
     # As texts: as tokens, prompts of unequal lengths do not stack. TorchRL has a template of its
     # own for models that it does not know.
-    return DatasetChatEnv.from_dataloader(
+    environment = DatasetChatEnv.from_dataloader(
         asked,
         batch_size=(config.batch_size,),
         tokenizer=policy.tokenizer,
@@ -127,6 +130,9 @@ def chat_environment(policy: Policy, prompts: list[str], config: Config) -> Data
         system_prompt=config.system_message,
         template_kwargs={"chat_template": policy.tokenizer.chat_template},
     )
+    environment.append_transform(ScoreResponse(policy, reward))
+    environment.append_transform(InitTracker())
+    return environment
 
 
 def sampler(policy: Policy, config: Config) -> TransformersWrapper:
@@ -150,6 +156,11 @@ def sampler(policy: Policy, config: Config) -> TransformersWrapper:
     )
 
 
+def rollout(policy: Policy, config: Config) -> Rollout:
+    """For responses of that policy."""
+    return Rollout(eos_ids=policy.eos_ids, pad_id=policy.pad_id, width=config.max_new_tokens)
+
+
 def train(config: Config, prompts: list[str], reward: Reward) -> list[Update]:
     """One step a rollout, ``config.steps`` times."""
     torch.manual_seed(config.seed)
@@ -167,7 +178,7 @@ def train(config: Config, prompts: list[str], reward: Reward) -> list[Update]:
     )
     names = ("entropy", "state_values", "bootstrap_values")
     prepare = TensorDictSequential(
-        Rollout(policy, width=config.max_new_tokens),
+        rollout(policy, config),
         Scores(network, {"log_prob": "old_log_prob", **{name: name for name in names}}),
         Scores(WithoutAdapters(network, policy.peft_model), {"log_prob": "ref_log_prob"}),
         PolicyMeasurements(),
@@ -176,11 +187,8 @@ def train(config: Config, prompts: list[str], reward: Reward) -> list[Update]:
         SoftMinGAE(),
     )
     updates = []
-    environment = chat_environment(policy, prompts, config)
-    environment.append_transform(ScoreResponse(policy, reward))
-    environment.append_transform(InitTracker())
     collector = LLMCollector(
-        environment,
+        chat_environment(policy, prompts, reward, config),
         policy=sampler(policy, config),
         dialog_turns_per_batch=config.batch_size,
         total_dialog_turns=config.batch_size * config.steps,
