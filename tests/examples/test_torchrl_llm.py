@@ -8,7 +8,8 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.lm_rlhf.config import tiny
-from examples.torchrl_llm import main, train
+from examples.lm_rlhf.models import load_policy
+from examples.torchrl_llm import main, sampler, train
 from tests.tiny_models import save_language_model
 
 PROMPTS = ["tell me about a day", "a rainy meeting", "love", "bad day on a street"]
@@ -86,6 +87,16 @@ def test_masks_end_at_the_eos(updates, model):
             words = tokenizer.decode(tokens[:count], skip_special_tokens=True).split()
             assert row["score"] == len(words)
     assert 0 < ended < 8
+
+
+def test_every_word_of_the_vocabulary_may_be_drawn(model):
+    config = tiny(str(model))
+    policy = load_policy(config)
+    wrapper = sampler(policy, config)
+    drawn = wrapper.generate_kwargs
+    assert (drawn["top_k"], drawn["top_p"]) == (policy.language_model.config.vocab_size, 1.0)
+    assert drawn["temperature"] == config.temperature
+    assert drawn["do_sample"] is True
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
 from tensordict import TensorDict
 from tensordict.nn import TensorDictSequential
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from safe_rl import (
     SoftMinGAE,
     total_loss,
 )
+from safe_rl.integrations.transformers import Sampler
 from safe_rl.rollouts import left_pad, pack_rollout, place_score
 from tests.tiny_models import llama_config
 
@@ -162,12 +164,36 @@ WAYS: dict[str, Callable[[], Parts]] = {
 }
 
 
+def refusals() -> dict[str, str]:
+    """What sharding does not go with, in the words of torch."""
+    found = {}
+    network, _ = parts(tied=False)
+    try:
+        fully_shard(SAFELoss(network))
+    except TypeError as error:
+        found["objective"] = str(error)
+    adapters = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    adapted = get_peft_model(LlamaForCausalLM(llama_config(16)), adapters).eval()
+    language_model = adapted.get_base_model()
+    for layer in language_model.model.layers:
+        fully_shard(layer)
+    prompt, mask = left_pad(PROMPTS, width=4, pad_id=1)
+    try:
+        Sampler(language_model, merged=True).sample(
+            prompt, mask, max_new_tokens=2, temperature=1.0, eos_ids=torch.tensor([1]), pad_id=1
+        )
+    except RuntimeError as error:
+        found["merged"] = str(error)
+    return found
+
+
 def work(rank: int, folder: str) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     for name, make in WAYS.items():
         held = list(updates(make(), slice(2 * rank, 2 * rank + 2)))
         torch.save(held, f"{folder}/{name}{rank}.pt")
+    torch.save(refusals(), f"{folder}/refusals{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -196,3 +222,15 @@ def test_two_ranks_equal_one_process(way: str, folder: Path) -> None:
             assert torch.equal(leaf, ranks[1][step]["controller"][name]), name
     moved = (expected[-1]["parameters"][name] - p for name, p in expected[0]["parameters"].items())
     assert all((change.abs() > 1e-3).any() for change in moved)
+
+
+def test_the_network_is_sharded_and_not_the_objective(folder: Path) -> None:
+    for rank in (0, 1):
+        found = torch.load(folder / f"refusals{rank}.pt")
+        assert "named_parameters() got an unexpected keyword" in found["objective"]
+
+
+def test_merged_adapters_need_whole_weights(folder: Path) -> None:
+    for rank in (0, 1):
+        found = torch.load(folder / f"refusals{rank}.pt")
+        assert "mixed torch.Tensor and DTensor" in found["merged"]
