@@ -7,9 +7,9 @@ SEED   ?= 0
 OUTPUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)-seed$(SEED)
 STAMP  := $(VENV)/.installed
 
-# Trainers of others: each has an environment of its own, constraints-NAME.txt and
+# Trainers of others, and Ray: each has an environment of its own, constraints-NAME.txt and
 # tests/safe_rl/integrations/test_NAME.py.
-OTHERS := trl verl openrlhf
+OTHERS := trl verl openrlhf ray
 
 TABLE  := runs/table
 # glibc gives large blocks back to the system at every free and gets them back page by page: keeping

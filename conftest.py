@@ -19,6 +19,7 @@ OTHERS = {
         "tests/safe_rl/integrations/test_verl.py",
     ],
     "openrlhf": ["tests/safe_rl/integrations/test_openrlhf.py"],
+    "ray": ["tests/safe_rl/integrations/test_ray.py"],
     "cut_cross_entropy": ["tests/benchmarks/bench_head.py", "tests/benchmarks/head_peers.py"],
 }
 collect_ignore = [

@@ -3,13 +3,33 @@
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from tensordict import TensorDictBase
 from tensordict.nn import dispatch
 from tensordict.utils import NestedKey
+from torch import Tensor
+from torch.nn.functional import pad
 
 from safe_ops import kl_baseline
 from safe_rl.controllers import sum_over_ranks
 from safe_rl.keys import RESPONSE_MASK, KeyedModule, read_mask, read_per_token
+
+
+def sum_places_over_ranks(*values: Tensor) -> tuple[Tensor, ...]:
+    """[T] each, added over all ranks place by place; T may differ from rank to rank.
+
+    Example:
+        >>> sum_places_over_ranks(torch.ones(2))
+        (tensor([1., 1.], dtype=torch.float64),)
+    """
+    width = values[0].shape[0]
+    widest = width
+    if dist.is_available() and dist.is_initialized():
+        most = torch.tensor(width, device=values[0].device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        widest = int(most)
+    sums = sum_over_ranks(*(pad(value, (0, widest - width)) for value in values))
+    return tuple(total[:width] for total in sums)
 
 
 class KLBaseline(KeyedModule):
@@ -18,6 +38,7 @@ class KLBaseline(KeyedModule):
         kl_baseline_t = 1 + mean_{other rows that reach t} sum_{u >= t} decay^{u-t} k1_u
 
     Over the rows of all ranks, so call it on the whole rollout, before it is cut into minibatches.
+    Every rank may pad to a width of its own.
 
     Reads ``old_log_prob``, ``ref_log_prob``, ``response_mask`` [B, T]; writes ``kl_baseline``
     [B, T], nats.
@@ -68,6 +89,6 @@ class KLBaseline(KeyedModule):
             read_per_token(tensordict, keys.ref_log_prob, mask),
             mask=mask,
             decay=self.decay,
-            sum_over_ranks=sum_over_ranks,
+            sum_over_ranks=sum_places_over_ranks,
         )
         return tensordict.set(keys.kl_baseline, baseline)
