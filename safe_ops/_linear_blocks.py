@@ -24,6 +24,9 @@ ROW_TILE = 16
 in another way. Chunks are filled up with zeros to a multiple, so that a row's result depends
 neither on its place nor on which other rows count."""
 
+ROW_GAP = 64
+"""Entries between the rows of a tile, where they need one."""
+
 NEVER = {torch.float32: -200.0, torch.float64: -1000.0}
 """exp of it is 0; stands for log 0 of a banned token, since 0 * -inf is nan."""
 
@@ -124,6 +127,11 @@ def tile_rows(hidden: Tensor, block_size: int) -> int:
     return whole_tiles(TILE_BYTES // (4 * width))
 
 
+def row_stride(entries: int) -> int:
+    """Of a tile: rows whole pages apart would fall on the same lines of the cache."""
+    return entries + (ROW_GAP if entries % 1024 == 0 else 0)
+
+
 def whole_tiles(rows: int) -> int:
     """Rows rounded down to whole tiles; at least one."""
     return max(rows // ROW_TILE, 1) * ROW_TILE
@@ -166,20 +174,26 @@ class Tile:
         self.keeps_sums = hidden.device.type == "cuda" and self.dtype.itemsize == 2
         if self.keeps_sums:
             self.logits_dtype = torch.float32
-        size = rows * min(block_size, weight.shape[0])
+        self._stride = row_stride(min(block_size, weight.shape[0]))
+        size = rows * self._stride
         if memory is None:
             memory = torch.empty(size, dtype=self.logits_dtype, device=hidden.device)
         self._flat = memory.view(-1)[:size]
+        self.nbytes = self._flat.nbytes
 
     def logits(self, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """[rows, entries]: states [rows, H] times weight [entries, H], plus bias [entries]."""
-        shape = states.shape[0], weight.shape[0]
-        z = self._flat[: shape[0] * shape[1]].view(shape)
+        z = self.kept(states, weight)
         if self.keeps_sums:
             torch.mm(states, weight.t(), out_dtype=torch.float32, out=z)
         else:
             torch.mm(states, weight.t(), out=z)
         return z if bias is None else z.add_(bias)
+
+    def kept(self, states: Tensor, weight: Tensor) -> Tensor:
+        """What ``logits`` wrote for tensors of these shapes."""
+        rows = self._flat[: states.shape[0] * self._stride].view(-1, self._stride)
+        return rows[:, : weight.shape[0]]
 
 
 def vocabulary_blocks(weight: Tensor, block_size: int) -> Iterator[slice]:
@@ -248,13 +262,18 @@ def sum_start(chunk: RowChunk, device: torch.device, dtype: torch.dtype) -> list
     return [lowest, torch.zeros_like(lowest), torch.zeros_like(lowest)]
 
 
-def empty_grads(inputs: tuple[Tensor, ...], needed: list[bool]) -> list[Tensor]:
+def empty_grads(
+    inputs: tuple[Tensor, ...], needed: list[bool], mask: Tensor | None
+) -> list[Tensor]:
     """Room for each gradient that is needed; an op cannot return None, so empty for the others.
 
-    Rows that no chunk writes (they are masked) are 0.
+    The first of ``inputs`` has the rows. Where all of them count, and there are some, every
+    gradient is written whole; else what no chunk writes is 0.
     """
+    written = mask is None and len(inputs[0]) > 0
+    make = torch.empty_like if written else torch.zeros_like
     return [
-        torch.zeros_like(x, memory_format=torch.contiguous_format) if need else x.new_empty(0)
+        make(x, memory_format=torch.contiguous_format) if need else x.new_empty(0)
         for x, need in zip(inputs, needed, strict=True)
     ]
 

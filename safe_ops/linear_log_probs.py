@@ -147,7 +147,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; an empty tensor for one that is not needed."""
     dtype = grad_log_prob.dtype
-    d_hidden, d_weight, d_bias = _empty_grads(hidden, weight, bias, needed)
+    d_hidden, d_weight, d_bias = _empty_grads(hidden, weight, bias, needed, mask)
     scale = torch.tensor(1 / temperature, dtype=dtype, device=hidden.device)
     tile = None
     for chunk in blocks.row_chunks(hidden, mask, blocks.tile_rows(hidden, block_size)):
@@ -178,10 +178,10 @@ def _backward(
 
 
 def _empty_grads(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: list[bool]
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: list[bool], mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = (hidden, weight, weight if bias is None else bias)
-    d_hidden, d_weight, d_bias = blocks.empty_grads(inputs, needed)
+    d_hidden, d_weight, d_bias = blocks.empty_grads(inputs, needed, mask)
     return d_hidden, d_weight, d_bias
 
 
@@ -199,7 +199,7 @@ def _(
     grad_entropy: Tensor,
     needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_grads(hidden, weight, bias, needed)
+    return _empty_grads(hidden, weight, bias, needed, mask)
 
 
 def _keep(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:

@@ -11,7 +11,11 @@ from safe_ops import _linear_chosen as chosen
 TokenLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 LOGITS_BYTES = 48 * 2**20
-"""Of the logits of one chunk of tokens, over the whole vocabulary."""
+"""Of the logits of one chunk of tokens that are kept."""
+
+FEWEST_ROWS = 128
+"""Of a chunk, where there are so many: a chunk costs a pass over the weight and its gradient, and
+products of few rows are slow. What does not fit into LOGITS_BYTES is made again."""
 
 
 def linear_loss(
@@ -30,9 +34,10 @@ def linear_loss(
 
     Where the loss needs nothing that comes after the head, the logits of a few tokens at a time,
     over the whole vocabulary, serve both the value and the gradients: three matrix products
-    instead of the four of ``linear_log_probs`` and its backward. The logits of a chunk are at most
-    48 MiB, or those of 16 tokens; those of the first H tokens lie in the memory that is to become
-    the gradient of ``weight``, since a small chunk costs one pass over that gradient.
+    instead of the four of ``linear_log_probs`` and its backward. Those of the first H tokens lie in
+    the memory that is to become the gradient of ``weight``; then at most 48 MiB are kept at a time.
+    A chunk has 128 tokens at least, since each costs a pass over the weight and its gradient: in a
+    vocabulary of more than 98,304 some of its logits are made twice.
 
     Not for ``torch.compile(fullgraph=True)``: ``token_loss`` is a Python function that is
     differentiated on the way. ``linear_log_probs`` is for that.
@@ -97,41 +102,18 @@ class _LinearLoss(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             blocks.check_range(tokens, mask, weight.shape[0])
             needed = [recording and need for need in ctx.needs_input_grad[:2]]
-            d_hidden, d_weight = blocks.empty_grads((hidden, weight), needed)
+            grads = blocks.empty_grads((hidden, weight), needed, mask)
             dtype = blocks.arithmetic_dtype(hidden, weight)
             loss = torch.zeros((), dtype=dtype, device=hidden.device)
             scale = torch.tensor(1 / temperature, dtype=dtype, device=hidden.device)
-            parts = list(blocks.vocabulary_blocks(weight, block_size))
-            store = _LogitStore(hidden, weight, d_weight, parts, block_size)
+            store = _LogitStore(hidden, weight, grads[1], block_size)
             for chunk in blocks.row_chunks(hidden, mask, store.rows, first=store.first_rows):
-                tiles = store.tiles(chunk)
-                states = chunk.take(hidden, tiles[0].dtype)
+                states = chunk.take(hidden, blocks.product_dtype(hidden, weight))
                 ids = chunk.take(tokens, torch.int64)
-                logits = []
-                sums = blocks.sum_start(chunk, hidden.device, dtype)
-                logit = torch.zeros_like(sums[0])
-                for tile, part in zip(tiles, parts, strict=True):
-                    z = tile.logits(states, weight[part].to(tile.dtype), None)
-                    sums = blocks.absorb_block(z, scale, *sums)
-                    logit = chosen.read_chosen(z, ids, part, scale, logit)
-                    logits.append(z)
-                log_prob, entropy, highest, log_total = chosen.finish(sums, logit)
-                value, g, g_entropy = _slopes_of(token_loss, log_prob, entropy, chunk)
-                loss += value
-                if not any(needed):
-                    continue
-                constant, slope, at_token = chosen.slopes(log_prob, entropy, g, g_entropy, scale)
-                d_states = torch.zeros_like(states, dtype=dtype)
-                for z, part in zip(logits, parts, strict=True):
-                    blocks.turn_into_slopes(z, scale, highest, log_total, constant, slope)
-                    chosen.write_chosen(z, ids, part, at_token)
-                    if needed[0]:
-                        blocks.add_product(d_states, z, weight[part].to(tiles[0].dtype))
-                    if needed[1]:
-                        store.write_gradient(d_weight[part], z, states)
-                if needed[0]:
-                    chunk.put(d_hidden, d_states)
-        ctx.grads = blocks.only_needed((d_hidden, d_weight), needed)
+                loss += _work_on_chunk(
+                    chunk, states, ids, weight, token_loss, scale, store, grads[0], needed
+                )
+        ctx.grads = blocks.only_needed(tuple(grads), needed)
         return loss
 
     @staticmethod
@@ -142,73 +124,110 @@ class _LinearLoss(torch.autograd.Function):
                 "linear_log_probs for a second backward"
             )
         # In place: a second copy would be as large as the weight.
+        by = grads[0]
+        untouched = by.device.type == "cpu" and by.item() == 1
         d_hidden, d_weight = (
-            None if d is None else d.mul_(grads[0].to(d.dtype)) for d in ctx.grads
+            d if d is None or untouched else d.mul_(by.to(d.dtype)) for d in ctx.grads
         )
         ctx.grads = None
         return d_hidden, d_weight, *[None] * 6
 
 
+def _work_on_chunk(
+    chunk: blocks.RowChunk,
+    states: Tensor,
+    ids: Tensor,
+    weight: Tensor,
+    token_loss: TokenLoss,
+    scale: Tensor,
+    store: "_LogitStore",
+    d_hidden: Tensor,
+    needed: list[bool],
+) -> Tensor:
+    """The chunk's loss; its gradients are written where they are needed."""
+    tiles = store.tiles(chunk)
+    sums = blocks.sum_start(chunk, states.device, scale.dtype)
+    logit = torch.zeros_like(sums[0])
+    for tile, part in tiles:
+        z = tile.logits(states, weight[part].to(states.dtype), None)
+        sums = blocks.absorb_block(z, scale, *sums)
+        logit = chosen.read_chosen(z, ids, part, scale, logit)
+    log_prob, entropy, highest, log_total = chosen.finish(sums, logit)
+    value, g, g_entropy = _slopes_of(token_loss, log_prob, entropy, chunk)
+    if not any(needed):
+        return value
+    constant, slope, at_token = chosen.slopes(log_prob, entropy, g, g_entropy, scale)
+    d_states = torch.zeros_like(states, dtype=scale.dtype)
+    used: blocks.Tile | None = None
+    for tile, part in reversed(tiles):
+        rows = weight[part].to(states.dtype)
+        z = tile.logits(states, rows, None) if tile is used else tile.kept(states, rows)
+        used = tile
+        blocks.turn_into_slopes(z, scale, highest, log_total, constant, slope)
+        chosen.write_chosen(z, ids, part, at_token)
+        if needed[0]:
+            blocks.add_product(d_states, z, rows)
+        if needed[1]:
+            store.write_gradient(part, z, states)
+    store.next_chunk()
+    if needed[0]:
+        chunk.put(d_hidden, d_states)
+    return value
+
+
 class _LogitStore:
     """Where the logits of a chunk lie, over the whole vocabulary, and the gradient's way out.
 
-    The first chunk has up to H rows: a block of its logits fits where the same block of the
-    weight's gradient will be. That block's product goes through a buffer. Other chunks lie in tiles
-    of 48 MiB together.
+    The first chunk has up to H rows: a block of its logits fits where the block before it of the
+    weight's gradient will be, and is used up before that one is written: gradients are written
+    from the last block to the first. The first block lies in a tile. Other chunks have tiles
+    of 48 MiB together, and one more that the blocks share for which these do not suffice.
     """
 
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        d_weight: Tensor,
-        parts: list[slice],
-        block_size: int,
-    ) -> None:
+    def __init__(self, hidden: Tensor, weight: Tensor, d_weight: Tensor, block_size: int) -> None:
         self._inputs = hidden, weight, block_size
-        self._parts = parts
+        self._parts = list(blocks.vocabulary_blocks(weight, block_size))
         self._d_weight = d_weight
-        self._in_gradient = self._fits_in_gradient()
-        self._buffer: Tensor | None = None
         self._tiles: list[blocks.Tile] = []
         self._first = True
-        size = blocks.product_dtype(hidden, weight).itemsize
-        self.rows = blocks.whole_tiles(LOGITS_BYTES // (size * weight.shape[0]))
-        self.first_rows = blocks.whole_tiles(weight.shape[1]) if self._in_gradient else self.rows
-
-    def _fits_in_gradient(self) -> bool:
-        hidden, weight, block_size = self._inputs
-        like = blocks.Tile(hidden, weight[:0], 0, block_size)
-        return (
-            self._d_weight.shape == weight.shape
-            and self._d_weight.dtype == like.logits_dtype
-            and weight.shape[1] >= blocks.ROW_TILE
+        row_bytes = blocks.product_dtype(hidden, weight).itemsize * weight.shape[0]
+        self.rows = max(blocks.whole_tiles(LOGITS_BYTES // row_bytes), FEWEST_ROWS)
+        block = min(block_size, weight.shape[0])
+        fitting = weight.shape[1] * block // blocks.row_stride(block)
+        self._in_gradient = (
+            d_weight.shape == weight.shape
+            and d_weight.dtype == self._tile(0).logits_dtype
+            and fitting >= blocks.ROW_TILE
         )
+        self.first_rows = blocks.whole_tiles(fitting) if self._in_gradient else self.rows
 
-    def tiles(self, chunk: blocks.RowChunk) -> list[blocks.Tile]:
-        """One for each block of the vocabulary."""
-        hidden, weight, size = self._inputs
-        self._first = not self._tiles and self._buffer is None
+    def tiles(self, chunk: blocks.RowChunk) -> list[tuple[blocks.Tile, slice]]:
+        """Every block of the vocabulary with the tile of its logits."""
         if self._first and self._in_gradient:
-            block = min(size, weight.shape[0])
-            self._buffer = torch.empty_like(self._d_weight[:block])
-            return [
-                blocks.Tile(hidden, weight[p], chunk.padded, size, memory=self._d_weight[p])
-                for p in self._parts
-            ]
-        self._tiles = self._tiles or [
-            blocks.Tile(hidden, weight[part], chunk.padded, size) for part in self._parts
-        ]
-        return self._tiles
+            tiles = [self._tile(chunk.padded)]
+            tiles += [self._tile(chunk.padded, self._d_weight[p]) for p in self._parts[:-1]]
+        else:
+            self._tiles = self._tiles or self._apart(chunk.padded)
+            tiles = self._tiles
+        return list(zip(tiles, self._parts, strict=True))
 
-    def write_gradient(self, target: Tensor, z: Tensor, states: Tensor) -> None:
-        """target (+)= z.T @ states, where z may lie in the target."""
-        if not (self._first and self._buffer is not None):
-            blocks.write_product(target, z.t(), states, first=self._first)
-            return
-        product = self._buffer[: len(target)]
-        torch.mm(z.t(), states, out=product)
-        target.copy_(product)
+    def _tile(self, rows: int, memory: Tensor | None = None) -> blocks.Tile:
+        hidden, weight, block_size = self._inputs
+        return blocks.Tile(hidden, weight, rows, block_size, memory=memory)
+
+    def _apart(self, rows: int) -> list[blocks.Tile]:
+        one = self._tile(rows)
+        kept = max(LOGITS_BYTES // one.nbytes, 1)
+        tiles = [self._tile(rows) for _ in self._parts[:kept]]
+        return tiles + [one] * (len(self._parts) - len(tiles))
+
+    def write_gradient(self, part: slice, z: Tensor, states: Tensor) -> None:
+        """The part's rows of the gradient (+)= z.T @ states."""
+        blocks.write_product(self._d_weight[part], z.t(), states, first=self._first)
+
+    def next_chunk(self) -> None:
+        """The first chunk's gradients are all written."""
+        self._first = False
 
 
 def _slopes_of(

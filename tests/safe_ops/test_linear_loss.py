@@ -27,13 +27,15 @@ def problem(dtype: torch.dtype, *, N: int = 40) -> tuple[Tensor, Tensor, Tensor]
     )
 
 
+@pytest.mark.parametrize("rows", [16, 32])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_value_and_gradients_are_those_of_linear_log_probs(
-    dtype: torch.dtype, masked: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, masked: bool, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Chunks of 16 tokens, so that there are several.
+    # Several chunks; the logits of one block alone are kept, all others are made again.
     monkeypatch.setitem(op.__globals__, "LOGITS_BYTES", 0)
+    monkeypatch.setitem(op.__globals__, "FEWEST_ROWS", rows)
     hidden, weight, tokens = problem(dtype)
     mask = torch.arange(40) % 3 > 0 if masked else torch.ones(40).bool()
     found = linear_loss(
