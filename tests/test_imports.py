@@ -73,42 +73,32 @@ def test_safe_rl_imports_no_model_library_outside_its_integrations(path: Path) -
     assert not wrong
 
 
+def modules_after(code: str) -> set[str]:
+    """Names in ``sys.modules`` of a fresh process that ran the code."""
+    printed = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{code}\nprint(*sys.modules)"],
+        cwd=ROOT, check=True, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    return set(printed.split())
+
+
 def test_import_safe_ops_loads_nothing_higher() -> None:
-    code = (
-        "import sys, safe_ops, safe_ops.controllers\n"
-        "print(*sorted({name.split('.')[0] for name in sys.modules}))"
-    )
-    loaded = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout.split()
-    assert "safe_ops" in loaded
-    assert not HIGHER & set(loaded)
-    assert "safe_rl" not in loaded
+    loaded = modules_after("import safe_ops, safe_ops.controllers")
+    assert "safe_ops.controllers" in loaded
+    assert not (HIGHER | {"safe_rl"}) & loaded
 
 
 def test_import_safe_rl_loads_no_integration() -> None:
-    code = (
-        "import sys, safe_rl; [getattr(safe_rl, name) for name in safe_rl.__all__]\n"
-        "print(*(name for name in sys.modules if name.startswith('safe_rl.')))"
-    )
-    loaded = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout.split()
+    loaded = modules_after("import safe_rl; [getattr(safe_rl, name) for name in safe_rl.__all__]")
     assert "safe_rl.keys" in loaded
     assert not [name for name in loaded if under(name, "safe_rl.integrations")]
 
 
 def test_adapters_need_no_torchrl() -> None:
     # verl's newest tensordict is too old for it.
-    code = (
-        "import sys, safe_rl.integrations.kl_coefficient\n"
-        "print(*{name.split('.')[0] for name in sys.modules})"
-    )
-    loaded = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout.split()
+    loaded = modules_after("import safe_rl.integrations.kl_coefficient")
     assert "safe_rl" in loaded
-    assert not HIGHER & set(loaded)
+    assert not HIGHER & loaded
 
 
 # --- the scan itself ----------------------------------------------------------------------------
