@@ -37,6 +37,25 @@ from tests.benchmarks.stopwatch import Stopwatch, Update
 ROWS, MINIBATCH, EPOCHS, PROMPT, RESPONSE = 16, 8, 2, 24, 24
 VOCABULARY, WIDTH, LAYERS = 8192, 128, 4
 
+STAGES: tuple[tuple[object, str, str], ...] = (
+    (Sampler, "sample", "sampling"),
+    (train, "score", "scoring"),
+    (PolicyMeasurements, "forward", "controller"),
+    (ControllerModule, "forward", "controller"),
+    (KLBaseline, "forward", "advantages"),
+    (KLReward, "forward", "advantages"),
+    (SoftMinGAE, "forward", "advantages"),
+    (SAFELoss, "forward", "losses"),
+    (PPOLoss, "forward", "losses"),
+    (train, "kl_of_update", "trust region"),
+    (Accelerator, "backward", "backward"),
+    (train, "clip", "optimizer"),
+    (train, "polyak", "optimizer"),
+    (torch.optim.Adam, "step", "optimizer"),
+    (train, "save_checkpoint", "checkpoint"),
+)
+"""Functions of the example's loop, and the stage that each is part of."""
+
 
 def make_tiny_model(folder: Path) -> None:
     """Language model, reward model and prompts, the same for every loop."""
@@ -113,20 +132,8 @@ def ours(
     with Stopwatch() as watch, ExitStack() as patches:
         if make_logits:
             patches.enter_context(patch.object(causal_lm, "linear_log_probs", made_logits))
-        watch.stage(Sampler, "sample", "sampling")
-        watch.stage(train, "score", "scoring")
-        for module in (PolicyMeasurements, ControllerModule):
-            watch.stage(module, "forward", "controller")
-        for module in (KLBaseline, KLReward, SoftMinGAE):
-            watch.stage(module, "forward", "advantages")
-        for objective in (SAFELoss, PPOLoss):
-            watch.stage(objective, "forward", "losses")
-        watch.stage(train, "kl_of_update", "trust region")
-        watch.stage(Accelerator, "backward", "backward")
-        for name in ("clip", "polyak"):
-            watch.stage(train, name, "optimizer")
-        watch.stage(torch.optim.Adam, "step", "optimizer")
-        watch.stage(train, "save_checkpoint", "checkpoint")
+        for owner, name, stage in STAGES:
+            watch.stage(owner, name, stage)
         watch.mark(Sampler, "sample", "sampled")
         watch.mark(SoftMinGAE, "forward", "scored")
         watch.mark(train, "gather_rollout", "trained", before=True)
