@@ -20,7 +20,7 @@ def linear_kl(
 
         KL = sum_v pi_v (log pi_v - log ref_v)        pi, ref = softmax(logits / temperature)
 
-    Two tiles of at most 16 MiB are in memory, never the logits; the backward makes them again. A
+    Two tiles of about 16 MiB are in memory, never the logits; the backward makes them again. A
     row that ``mask`` leaves out is not multiplied; what is frozen, usually the reference, costs no
     gradient product. Products and rounding are those of ``linear_log_probs``.
 

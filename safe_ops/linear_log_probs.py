@@ -24,7 +24,7 @@ def linear_log_probs(
         log_prob = z[token] - logsumexp z
         entropy  = - sum_v p_v log p_v                   p = softmax z
 
-    Never in memory: anything of the size of the logits. A tile of at most 16 MiB of them is made,
+    Never in memory: anything of the size of the logits. A tile of about 16 MiB of them is made,
     summed up and overwritten; the backward makes it again from the logsumexp that was kept. A row
     that ``mask`` leaves out is not multiplied, and a ``weight`` that is frozen costs no product.
 
