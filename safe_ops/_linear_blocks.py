@@ -262,20 +262,22 @@ def sum_start(chunk: RowChunk, device: torch.device, dtype: torch.dtype) -> list
     return [lowest, torch.zeros_like(lowest), torch.zeros_like(lowest)]
 
 
-def empty_grads(
-    inputs: tuple[Tensor, ...], needed: list[bool], mask: Tensor | None
-) -> list[Tensor]:
+def empty_grads(inputs: tuple[Tensor, ...], needed: list[bool], *, written: bool) -> list[Tensor]:
     """Room for each gradient that is needed; an op cannot return None, so empty for the others.
 
-    The first of ``inputs`` has the rows. Where all of them count, and there are some, every
-    gradient is written whole; else what no chunk writes is 0.
+    ``written``: the caller writes every number, as it does where ``every_row_counts``; else all
+    are 0 at first. Shapes do not depend on it, so a fake need not look, which would be a guard.
     """
-    written = mask is None and len(inputs[0]) > 0
     make = torch.empty_like if written else torch.zeros_like
     return [
         make(x, memory_format=torch.contiguous_format) if need else x.new_empty(0)
         for x, need in zip(inputs, needed, strict=True)
     ]
+
+
+def every_row_counts(hidden: Tensor, mask: Tensor | None) -> bool:
+    """There are rows [N, H], and none is masked: then every gradient is written whole."""
+    return mask is None and len(hidden) > 0
 
 
 def only_needed(grads: tuple[Tensor, ...], needed: list[bool]) -> list[Tensor | None]:

@@ -203,7 +203,8 @@ def _backward(
     """Gradients of the four tensors; an empty tensor for one that is not needed."""
     dtype = grad.dtype
     inputs = (hidden, weight, ref_hidden, ref_weight)
-    grads = blocks.empty_grads(inputs, needed, mask)
+    written = blocks.every_row_counts(hidden, mask)
+    grads = blocks.empty_grads(inputs, needed, written=written)
     scale = torch.tensor(1 / temperature, dtype=dtype, device=hidden.device)
     tiles = None
     for chunk in blocks.row_chunks(hidden, mask, blocks.tile_rows(hidden, block_size)):
@@ -262,7 +263,8 @@ def _(
     grad: Tensor,
     needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    a, b, c, d = blocks.empty_grads((hidden, weight, ref_hidden, ref_weight), needed, mask)
+    inputs = (hidden, weight, ref_hidden, ref_weight)
+    a, b, c, d = blocks.empty_grads(inputs, needed, written=True)
     return a, b, c, d
 
 

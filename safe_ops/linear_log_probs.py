@@ -147,7 +147,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; an empty tensor for one that is not needed."""
     dtype = grad_log_prob.dtype
-    d_hidden, d_weight, d_bias = _empty_grads(hidden, weight, bias, needed, mask)
+    written = blocks.every_row_counts(hidden, mask)
+    d_hidden, d_weight, d_bias = _empty_grads(hidden, weight, bias, needed, written=written)
     scale = torch.tensor(1 / temperature, dtype=dtype, device=hidden.device)
     tile = None
     for chunk in blocks.row_chunks(hidden, mask, blocks.tile_rows(hidden, block_size)):
@@ -178,10 +179,10 @@ def _backward(
 
 
 def _empty_grads(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: list[bool], mask: Tensor | None
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: list[bool], *, written: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = (hidden, weight, weight if bias is None else bias)
-    d_hidden, d_weight, d_bias = blocks.empty_grads(inputs, needed, mask)
+    d_hidden, d_weight, d_bias = blocks.empty_grads(inputs, needed, written=written)
     return d_hidden, d_weight, d_bias
 
 
@@ -199,7 +200,7 @@ def _(
     grad_entropy: Tensor,
     needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_grads(hidden, weight, bias, needed, mask)
+    return _empty_grads(hidden, weight, bias, needed, written=True)
 
 
 def _keep(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:

@@ -102,7 +102,8 @@ class _LinearLoss(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             blocks.check_range(tokens, mask, weight.shape[0])
             needed = [recording and need for need in ctx.needs_input_grad[:2]]
-            grads = blocks.empty_grads((hidden, weight), needed, mask)
+            written = blocks.every_row_counts(hidden, mask)
+            grads = blocks.empty_grads((hidden, weight), needed, written=written)
             dtype = blocks.arithmetic_dtype(hidden, weight)
             loss = torch.zeros((), dtype=dtype, device=hidden.device)
             scale = torch.tensor(1 / temperature, dtype=dtype, device=hidden.device)
