@@ -1,5 +1,6 @@
 """Against logits written out in float64."""
 
+import gc
 import math
 import re
 from collections.abc import Callable
@@ -346,6 +347,10 @@ def ddp_worker(rank: int, rendezvous: str, results: str) -> None:
     half = slice(20 * rank, 20 * (rank + 1))
     head(x["hidden"][half], x["tokens"][half]).backward()
     torch.save(head.module.weight.grad, f"{results}{rank}")
+    # The module keeps the group in cycles of references; its threads must end before the process.
+    dist.barrier()
+    del head
+    gc.collect()
     dist.destroy_process_group()
 
 
