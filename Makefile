@@ -16,7 +16,7 @@ TABLE  := runs/table
 # them takes 15 % of an update. Other systems ignore the names.
 KEEP   := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296
 
-.PHONY: demo demo-table test test-slow $(OTHERS:%=test-%) lint bench clean
+.PHONY: demo demo-table test test-slow test-gpu $(OTHERS:%=test-%) lint bench clean
 
 demo: $(STAMP)
 	$(KEEP) $(BIN)/python -m examples.lm_rlhf.train --seed $(SEED) $(if $(STEPS),--steps $(STEPS)) --output $(OUTPUT)
@@ -35,6 +35,9 @@ test: $(STAMP) lint
 
 test-slow: $(STAMP) $(OTHERS:%=test-%)
 	$(BIN)/python -m pytest -m slow tests
+
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest tests/gpu
 
 $(OTHERS:%=test-%): test-%: .venv-%/.installed
 	.venv-$*/bin/python -m pytest -m slow tests/safe_rl/integrations/test_$*.py

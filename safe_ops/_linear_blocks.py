@@ -12,20 +12,37 @@ from torch import Tensor
 
 from safe_ops.compilation import compiled_body
 
-BLOCK_SIZE = 4096
-"""Entries of the vocabulary in a block. A constant, so that a token's sums are always taken in the
-same order, whatever the number of tokens."""
 
-TILE_BYTES = 2**24
-"""Of the tile of logits, and of a chunk's hidden states."""
+
+class Room(NamedTuple):
+    """How much is worked on at a time. Constants, so that a token's sums are always taken in the
+    same order, whatever the number of tokens."""
+
+    block_size: int
+    """Entries of the vocabulary in a block."""
+    tile_bytes: int
+    """Of the tile of logits, and of a chunk's hidden states."""
+    kept_bytes: int
+    """Of the logits of one chunk of tokens that ``linear_loss`` keeps."""
+    row_gap: int
+    """Entries between the rows of a tile, where they are a power of two apart."""
+
+
+CPU_ROOM = Room(block_size=4096, tile_bytes=2**24, kept_bytes=48 * 2**20, row_gap=64)
+"""A tile lies in a core's cache, where rows whole pages apart would fall on the same lines."""
+GPU_ROOM = Room(block_size=8192, tile_bytes=2**28, kept_bytes=2**30, row_gap=0)
+"""A product must take longer than Python needs to launch what follows it."""
+
+
+def room(device: torch.device) -> Room:
+    """What suits a device."""
+    return CPU_ROOM if device.type == "cpu" else GPU_ROOM
+
 
 ROW_TILE = 16
 """Rows. A matrix product of fewer rows, or of a number that 4 does not divide, may round some rows
 in another way. Chunks are filled up with zeros to a multiple, so that a row's result depends
 neither on its place nor on which other rows count."""
-
-ROW_GAP = 64
-"""Entries between the rows of a tile, where they need one."""
 
 NEVER = {torch.float32: -200.0, torch.float64: -1000.0}
 """exp of it is 0; stands for log 0 of a banned token, since 0 * -inf is nan."""
@@ -122,14 +139,14 @@ def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def tile_rows(hidden: Tensor, block_size: int) -> int:
-    """Rows whose tile of logits, and whose hidden states, take TILE_BYTES."""
+    """Rows whose tile of logits, and whose hidden states, take the tile's bytes."""
     width = max(block_size, hidden.shape[1])
-    return whole_tiles(TILE_BYTES // (4 * width))
+    return whole_tiles(room(hidden.device).tile_bytes // (4 * width))
 
 
-def row_stride(entries: int) -> int:
-    """Of a tile: rows whole pages apart would fall on the same lines of the cache."""
-    return entries + (ROW_GAP if entries % 1024 == 0 else 0)
+def row_stride(entries: int, device: torch.device) -> int:
+    """Of a tile, in entries."""
+    return entries + (room(device).row_gap if entries % 1024 == 0 else 0)
 
 
 def whole_tiles(rows: int) -> int:
@@ -174,7 +191,7 @@ class Tile:
         self.keeps_sums = hidden.device.type == "cuda" and self.dtype.itemsize == 2
         if self.keeps_sums:
             self.logits_dtype = torch.float32
-        self._stride = row_stride(min(block_size, weight.shape[0]))
+        self._stride = row_stride(min(block_size, weight.shape[0]), hidden.device)
         size = rows * self._stride
         if memory is None:
             memory = torch.empty(size, dtype=self.logits_dtype, device=hidden.device)
@@ -189,6 +206,13 @@ class Tile:
         else:
             torch.mm(states, weight.t(), out=z)
         return z if bias is None else z.add_(bias)
+
+    def slopes(self, z: Tensor, *arguments: Tensor) -> Tensor:
+        """p (constant + slope log p) in the dtype of the products; in place where z has it."""
+        if self.keeps_sums:
+            return slopes_apart(z, *arguments, dtype=self.dtype)
+        turn_into_slopes(z, *arguments)
+        return z
 
     def kept(self, states: Tensor, weight: Tensor) -> Tensor:
         """What ``logits`` wrote for tensors of these shapes."""
@@ -207,6 +231,8 @@ def add_product(target: Tensor, a: Tensor, b: Tensor) -> None:
     a = a.to(b.dtype)
     if target.dtype == b.dtype:
         target.addmm_(a, b)
+    elif target.is_cuda and target.dtype == torch.float32 and b.dtype.itemsize == 2:
+        torch.addmm(target, a, b, out_dtype=torch.float32, out=target)
     else:
         target.add_(torch.mm(a, b))
 
@@ -240,20 +266,35 @@ def absorb_block(
     )
 
 
-@compiled_body
-def turn_into_slopes(
+def _slopes(
     z: Tensor,
     inverse_temperature: Tensor,
     shift: Tensor,
     log_total: Tensor,
     constant: Tensor,
     slope: Tensor,
-) -> None:
-    """z becomes p (constant + slope log p), in place."""
+) -> Tensor:
     x = z.to(shift.dtype) * inverse_temperature
     never = -200.0 if shift.dtype == torch.float32 else -1000.0
     log_p = (x - shift.unsqueeze(1)).clamp_min(never) - log_total.unsqueeze(1)
-    z.copy_(log_p.exp() * (constant.unsqueeze(1) + slope.unsqueeze(1) * log_p))
+    return log_p.exp() * (constant.unsqueeze(1) + slope.unsqueeze(1) * log_p)
+
+
+@compiled_body
+def turn_into_slopes(z: Tensor, *arguments: Tensor) -> None:
+    """z becomes p (constant + slope log p), in place."""
+    z.copy_(_slopes(z, *arguments))
+
+
+@compiled_body
+def slopes_apart(z: Tensor, *arguments: Tensor, dtype: torch.dtype) -> Tensor:
+    """p (constant + slope log p) in another dtype."""
+    return _slopes(z, *arguments).to(dtype)
+
+
+def number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """0-d. Written on the device: a copy from the host would be waited for."""
+    return torch.full((), value, dtype=dtype, device=device)
 
 
 def sum_start(chunk: RowChunk, device: torch.device, dtype: torch.dtype) -> list[Tensor]:

@@ -106,9 +106,9 @@ def _estimate(
     dtype = torch.promote_types(reward.dtype, value.dtype)
     work = torch.promote_types(dtype, torch.float32)
     reward, value = reward.detach().to(work), value.detach().to(work)
-    discount = torch.as_tensor(discount, dtype=work, device=value.device)
+    discount = _number(discount, value)
     one_lambda = not isinstance(gae_lambda, Tensor) or gae_lambda.ndim == 0
-    gae_lambda = torch.as_tensor(gae_lambda, dtype=work, device=value.device)
+    gae_lambda = _number(gae_lambda, value)
     counts, goes_on = _bits(mask, work), _bits(mask & ~terminated, work)
     last = value.new_zeros(value.shape[:1])
     if bootstrap_value is not None:
@@ -140,6 +140,11 @@ def _estimate(
     _select_(advantage, counts)
     value_target = _select_(advantage + value, counts)
     return AdvantageEstimate(advantage.to(dtype), value_target.to(dtype))
+
+
+def _number(x: float | Tensor, like: Tensor) -> Tensor:
+    """As a tensor. A float is written on the device: a copy from the host would be waited for."""
+    return x.to(like) if isinstance(x, Tensor) else like.new_full((), x)
 
 
 # ``torch.where`` takes a bool, which torch does not vectorise on a CPU: 44 us for 64 x 1024 floats

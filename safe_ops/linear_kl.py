@@ -73,7 +73,7 @@ def linear_kl(
         ref_weight,
         None if mask is None else mask.reshape(-1),
         float(temperature),
-        block_size or blocks.BLOCK_SIZE,
+        block_size or blocks.room(hidden.device).block_size,
     )
     return kl.reshape(hidden.shape[:-1])
 
@@ -148,7 +148,7 @@ def _forward(
     """The KL, and for each side the highest logit and log sum e^(z - highest)."""
     dtype = blocks.arithmetic_dtype(hidden, weight, ref_hidden, ref_weight)
     results = [hidden.new_zeros(hidden.shape[0], dtype=dtype) for _ in range(5)]
-    scale = torch.tensor(1 / temperature, dtype=dtype, device=hidden.device)
+    scale = blocks.number(1 / temperature, dtype, hidden.device)
     tiles = None
     for chunk in blocks.row_chunks(hidden, mask, blocks.tile_rows(hidden, block_size)):
         tiles = tiles or (
@@ -205,7 +205,7 @@ def _backward(
     inputs = (hidden, weight, ref_hidden, ref_weight)
     written = blocks.every_row_counts(hidden, mask)
     grads = blocks.empty_grads(inputs, needed, written=written)
-    scale = torch.tensor(1 / temperature, dtype=dtype, device=hidden.device)
+    scale = blocks.number(1 / temperature, dtype, hidden.device)
     tiles = None
     for chunk in blocks.row_chunks(hidden, mask, blocks.tile_rows(hidden, block_size)):
         first = tiles is None
@@ -236,14 +236,16 @@ def _backward(
                 g * scale,
                 needed[2] or needed[3],
             )
-            slopes = z, ref_z
             for i in (0, 1):
+                if not any(needed[2 * i : 2 * i + 2]):
+                    continue
+                slopes = (z, ref_z)[i].to(tiles[i].dtype)
                 d = d_states[i]
                 if d is not None:
-                    blocks.add_product(d, slopes[i], rows[i])
+                    blocks.add_product(d, slopes, rows[i])
                 if needed[2 * i + 1]:
                     d_weight = grads[2 * i + 1][part]
-                    blocks.write_product(d_weight, slopes[i].t(), states[i], first=first)
+                    blocks.write_product(d_weight, slopes.t(), states[i], first=first)
         for target, d in zip(grads[::2], d_states, strict=True):
             if d is not None:
                 chunk.put(target, d)

@@ -10,12 +10,9 @@ from safe_ops import _linear_chosen as chosen
 
 TokenLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-LOGITS_BYTES = 48 * 2**20
-"""Of the logits of one chunk of tokens that are kept."""
-
 FEWEST_ROWS = 128
 """Of a chunk, where there are so many: a chunk costs a pass over the weight and its gradient, and
-products of few rows are slow. What does not fit into LOGITS_BYTES is made again."""
+products of few rows are slow. What does not fit into what is kept is made again."""
 
 
 def linear_loss(
@@ -81,7 +78,7 @@ def linear_loss(
         token_loss,
         None if mask is None else mask.reshape(-1),
         float(temperature),
-        block_size or blocks.BLOCK_SIZE,
+        block_size or blocks.room(hidden.device).block_size,
         torch.is_grad_enabled(),
     )
 
@@ -106,7 +103,7 @@ class _LinearLoss(torch.autograd.Function):
             grads = blocks.empty_grads((hidden, weight), needed, written=written)
             dtype = blocks.arithmetic_dtype(hidden, weight)
             loss = torch.zeros((), dtype=dtype, device=hidden.device)
-            scale = torch.tensor(1 / temperature, dtype=dtype, device=hidden.device)
+            scale = blocks.number(1 / temperature, dtype, hidden.device)
             store = _LogitStore(hidden, weight, grads[1], block_size)
             for chunk in blocks.row_chunks(hidden, mask, store.rows, first=store.first_rows):
                 states = chunk.take(hidden, blocks.product_dtype(hidden, weight))
@@ -164,7 +161,7 @@ def _work_on_chunk(
         rows = weight[part].to(states.dtype)
         z = tile.logits(states, rows, None) if tile is used else tile.kept(states, rows)
         used = tile
-        blocks.turn_into_slopes(z, scale, highest, log_total, constant, slope)
+        z = tile.slopes(z, scale, highest, log_total, constant, slope)
         chosen.write_chosen(z, ids, part, at_token)
         if needed[0]:
             blocks.add_product(d_states, z, rows)
@@ -191,10 +188,11 @@ class _LogitStore:
         self._d_weight = d_weight
         self._tiles: list[blocks.Tile] = []
         self._first = True
-        row_bytes = blocks.product_dtype(hidden, weight).itemsize * weight.shape[0]
-        self.rows = max(blocks.whole_tiles(LOGITS_BYTES // row_bytes), FEWEST_ROWS)
+        self._kept_bytes = blocks.room(hidden.device).kept_bytes
+        row_bytes = self._tile(0).logits_dtype.itemsize * weight.shape[0]
+        self.rows = max(blocks.whole_tiles(self._kept_bytes // row_bytes), FEWEST_ROWS)
         block = min(block_size, weight.shape[0])
-        fitting = weight.shape[1] * block // blocks.row_stride(block)
+        fitting = weight.shape[1] * block // blocks.row_stride(block, hidden.device)
         self._in_gradient = (
             d_weight.shape == weight.shape
             and d_weight.dtype == self._tile(0).logits_dtype
@@ -218,7 +216,7 @@ class _LogitStore:
 
     def _apart(self, rows: int) -> list[blocks.Tile]:
         one = self._tile(rows)
-        kept = max(LOGITS_BYTES // one.nbytes, 1)
+        kept = max(self._kept_bytes // one.nbytes, 1)
         tiles = [self._tile(rows) for _ in self._parts[:kept]]
         return tiles + [one] * (len(self._parts) - len(tiles))
 

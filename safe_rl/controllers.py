@@ -121,7 +121,7 @@ class PolicyMeasurements(KeyedModule):
             masked_sum(entropy, mask),
             mask.sum(),
             score.double().sum(),
-            torch.tensor(score.numel(), device=score.device),
+            torch.full((), score.numel(), device=score.device),
         )
         for key, total, count in (
             (keys.kl, kl, tokens),

@@ -184,8 +184,9 @@ def measurement(name: str, value: float | Tensor, *, like: Tensor) -> Tensor:
         return value.detach().to(device=like.device, dtype=torch.float32)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a float or a 0-d tensor, got {type(value).__name__}")
-    # By way of float64: what float32 cannot hold becomes infinite instead of raising.
-    return torch.tensor(float(value), dtype=torch.float64).to(torch.float32).to(like.device)
+    # By way of float64: what float32 cannot hold becomes infinite instead of raising. Written on
+    # the device: a copy from the host would be waited for.
+    return torch.full((), value, dtype=torch.float64, device=like.device).to(torch.float32)
 
 
 def settle(state: StateT, new: StateT, *measurements: Tensor) -> StateT:

@@ -91,7 +91,9 @@ def lean_loop(
     return advantage, advantage + value
 
 
-def case(name: str, batch: int, steps: int) -> dict[str, Callable[[], tuple[Tensor, Tensor]]]:
+def case(
+    name: str, batch: int, steps: int, *, device: str = "cpu"
+) -> dict[str, Callable[[], tuple[Tensor, Tensor]]]:
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -100,13 +102,15 @@ def case(name: str, batch: int, steps: int) -> dict[str, Callable[[], tuple[Tens
     def sometimes(share: float) -> Tensor:
         return torch.rand(batch, steps, generator=generator) < share
 
-    reward, value, bootstrap = normal(batch, steps), normal(batch, steps), normal(batch)
+    reward, value = normal(batch, steps).to(device), normal(batch, steps).to(device)
+    bootstrap = normal(batch).to(device)
     ends = sometimes(0.0 if name == "no terminations" else 0.01)
     mask = sometimes(1.1 if name == "no terminations" else 0.9)
     if name == "responses":
         lengths = torch.randint(steps // 5, steps, (batch, 1), generator=generator)
         mask, ends = torch.arange(steps) < lengths, torch.arange(steps) == lengths - 1
-    cuts = sometimes(0.01) if name == "general" else None
+    mask, ends = mask.to(device), ends.to(device)
+    cuts = sometimes(0.01).to(device) if name == "general" else None
     done = ends if cuts is None else ends | cuts
     arguments = {
         "mask": mask,

@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -68,13 +69,13 @@ ONLY_S = {(BOTH, "torch (a mean, no entropy)")}
 """22 times the bare product at M."""
 
 
-def ratios(shape: str, dtype: str, rounds: int) -> dict[tuple[str, str], float]:
+def ratios(
+    problem: HeadProblem, runs: dict[tuple[str, str], Run], seconds_of: Callable[..., Any]
+) -> dict[tuple[str, str], float]:
     """Of each run's time to its matrix products, and of half masked to none."""
-    problem = HeadProblem(*SHAPES[shape], getattr(torch, dtype))
     calls = {("", name): product for name, product in problem.products().items()}
-    runs = {key: run for key, run in RUNS.items() if shape == "S" or key not in ONLY_S}
     calls |= {key: partial(run, problem) for key, run in runs.items()}
-    seconds = interleaved_seconds(calls, rounds=rounds)
+    seconds = seconds_of(calls)
     mm, d_hidden, d_weight = (seconds["", name] for name in ("mm", "dH", "dW"))
     floors = {
         FORWARD: mm,
@@ -160,7 +161,10 @@ def main() -> None:
     if given.part:
         kind, dtype, shape, *rest = given.part
         if kind == "ratios":
-            result = {" | ".join(k): v for k, v in ratios(shape, dtype, given.rounds).items()}
+            problem = HeadProblem(*SHAPES[shape], getattr(torch, dtype))
+            runs = {key: run for key, run in RUNS.items() if shape == "S" or key not in ONLY_S}
+            found = ratios(problem, runs, partial(interleaved_seconds, rounds=given.rounds))
+            result = {" | ".join(key): ratio for key, ratio in found.items()}
         else:
             figure, by, scale = rest
             result = {"MiB": peak(shape, getattr(torch, dtype), (figure, by), int(scale))}

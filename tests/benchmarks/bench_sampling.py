@@ -21,14 +21,12 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from examples.lm_rlhf.config import smollm2_135m
+from examples.lm_rlhf.config import Config, smollm2_135m
 from examples.lm_rlhf.models import load_policy, read_prompts, tokenize_prompts
 from safe_rl.integrations.merged_linear import MergedAdapters
 from safe_rl.integrations.transformers import Sampler
 from safe_rl.rollouts import left_pad
 from tests.benchmarks.measure import Table, json_of_fresh_process, write_results
-
-NEVER = torch.tensor([-1])
 
 
 @torch.no_grad()
@@ -53,11 +51,13 @@ def hf_generate(
 class Candidates:
     """The demo's model, with adapters that act, and a batch of its prompts."""
 
-    def __init__(self, rows: int, new_tokens: int) -> None:
-        config = smollm2_135m()
+    def __init__(
+        self, rows: int, new_tokens: int, *, config: Config | None = None, device: str = "cpu"
+    ) -> None:
+        config = config or smollm2_135m()
         policy = load_policy(config)
         self.new_tokens = new_tokens
-        self.model = policy.language_model
+        self.model = policy.language_model.to(device)
         for name, parameter in self.model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.01)
@@ -70,7 +70,9 @@ class Candidates:
         # The loop pads to one width for all its batches.
         width = max(map(len, ids)) + -(max(map(len, ids)) + new_tokens) % 16
         chosen = [ids[row % len(ids)] for row in range(rows)]
-        self.prompt, self.mask = left_pad(chosen, width=width, pad_id=policy.pad_id)
+        padded = left_pad(chosen, width=width, pad_id=policy.pad_id)
+        self.prompt, self.mask = (x.to(device) for x in padded)
+        self.never = torch.tensor([-1], device=device)
 
     def generate(self) -> Tensor:
         return hf_generate(self.model, self.prompt, self.mask, max_new_tokens=self.new_tokens)
@@ -81,7 +83,7 @@ class Candidates:
             self.mask,
             max_new_tokens=self.new_tokens,
             temperature=1.0,
-            eos_ids=NEVER,
+            eos_ids=self.never,
             pad_id=0,
         ).tokens
 
@@ -92,10 +94,10 @@ class Candidates:
         layers = [m.weight for n, m in self.model.named_modules() if n.endswith("base_layer")]
         rows, width = self.prompt.shape
         for tokens in [rows * width] + [rows] * (self.new_tokens - 1):
-            inputs = {w.shape[1]: torch.ones(tokens, w.shape[1]) for w in layers}
+            inputs = {w.shape[1]: w.new_ones(tokens, w.shape[1]) for w in layers}
             for weight in layers:
                 inputs[weight.shape[1]] @ weight.t()
-            result = torch.ones(rows, head.weight.shape[1]) @ head.weight.t()
+            result = head.weight.new_ones(rows, head.weight.shape[1]) @ head.weight.t()
         return result
 
     def all(self) -> dict[str, Callable[[], Tensor]]:

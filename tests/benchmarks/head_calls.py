@@ -19,14 +19,18 @@ Results = tuple[Tensor, ...]
 class HeadProblem:
     """Hidden states, head, tokens and what a loss of them needs, for one shape and dtype."""
 
-    def __init__(self, tokens: int, width: int, vocabulary: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, tokens: int, width: int, vocabulary: int, dtype: torch.dtype, *, device: str = "cpu"
+    ) -> None:
         torch.manual_seed(0)
-        self.hidden = torch.randn(tokens, width).to(dtype).requires_grad_()
-        self.weight = torch.randn(vocabulary, width).mul_(width**-0.5).to(dtype).requires_grad_()
-        self.ref_hidden = torch.randn(tokens, width).to(dtype)
-        self.tokens = torch.randint(vocabulary, (tokens,))
-        self.half = torch.rand(tokens).argsort() < tokens // 2
-        self.slopes = torch.randn(tokens)
+        with torch.device(device):
+            self.hidden = torch.randn(tokens, width).to(dtype).requires_grad_()
+            weight = torch.randn(vocabulary, width).mul_(width**-0.5)
+            self.weight = weight.to(dtype).requires_grad_()
+            self.ref_hidden = torch.randn(tokens, width).to(dtype)
+            self.tokens = torch.randint(vocabulary, (tokens,))
+            self.half = torch.rand(tokens).argsort() < tokens // 2
+            self.slopes = torch.randn(tokens)
 
     def gradients(self, *results: Tensor) -> Results:
         """Of a loss of per-token results: the first with random slopes, entropies with one."""
@@ -71,7 +75,7 @@ class HeadProblem:
     def products(self) -> dict[str, Callable[[], Tensor]]:
         """The three bare matrix products, each into fresh memory, as autograd makes them."""
         hidden, weight = self.hidden.detach(), self.weight.detach()
-        slopes = torch.randn(hidden.shape[0], weight.shape[0], dtype=hidden.dtype)
+        slopes = hidden.new_empty(hidden.shape[0], weight.shape[0]).normal_()
         return {
             "mm": lambda: hidden @ weight.t(),
             "dH": lambda: slopes @ weight,

@@ -48,9 +48,10 @@ def liger(problem: HeadProblem) -> Results:
 
 
 def cut_cross_entropy(problem: HeadProblem) -> Results:
-    """Log-prob alone; on a CPU this is the compiled naive op."""
+    """Log-prob alone; on a CPU this is the compiled naive op, on a GPU a kernel of its own."""
     inputs = problem.hidden, problem.weight, problem.tokens
-    return (-linear_cross_entropy(*inputs, impl="torch_compile", reduction="none"),)
+    impl = "cce" if problem.hidden.is_cuda else "torch_compile"
+    return (-linear_cross_entropy(*inputs, impl=impl, reduction="none"),)
 
 
 def torch_loss(problem: HeadProblem) -> Results:

@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +53,34 @@ def interleaved_seconds(calls: dict[str, Call], *, rounds: int) -> dict[str, flo
             if turn:
                 seconds[name].append(spent)
     return {name: statistics.median(spent) for name, spent in seconds.items()}
+
+
+def interleaved_gpu_seconds(calls: dict[str, Call], *, rounds: int) -> dict[str, float]:
+    """Median seconds on a GPU, launches included; every round runs every call once, after one."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds + 1):
+        for name, call in calls.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            start.record()
+            result = call()
+            end.record()
+            torch.cuda.synchronize()
+            del result
+            if turn:
+                seconds[name].append(start.elapsed_time(end) / 1e3)
+    return {name: statistics.median(spent) for name, spent in seconds.items()}
+
+
+def gpu_peak_bytes(call: Call) -> int:
+    """Most memory of tensors on the GPU during the call, above what was there before it."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = call()
+    torch.cuda.synchronize()
+    del result
+    return torch.cuda.max_memory_allocated() - before
 
 
 def resident_bytes() -> int:
@@ -106,8 +133,9 @@ def circumstances() -> dict[str, str]:
     return {
         "processor": names[0] if names else platform.processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "python": platform.python_version(),
-        "torch": version("torch"),
+        "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),
         "load": " ".join(f"{x:.1f}" for x in os.getloadavg()),
     }

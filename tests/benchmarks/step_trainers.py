@@ -2,6 +2,8 @@
 
 import dataclasses
 import sys
+import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
@@ -125,11 +127,17 @@ def made_logits(
 
 
 def ours(
-    config: Config, *, algorithm: str, make_logits: bool, updates: int, output: Path
+    config: Config,
+    *,
+    algorithm: str,
+    make_logits: bool,
+    updates: int,
+    output: Path,
+    clock: Callable[[], float] = time.thread_time,
 ) -> list[Update]:
     """The example's loop."""
     config = dataclasses.replace(config, algorithm=algorithm, steps=updates)
-    with Stopwatch() as watch, ExitStack() as patches:
+    with Stopwatch(clock) as watch, ExitStack() as patches:
         if make_logits:
             patches.enter_context(patch.object(causal_lm, "linear_log_probs", made_logits))
         for owner, name, stage in STAGES:

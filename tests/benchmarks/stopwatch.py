@@ -8,16 +8,26 @@ from contextlib import ExitStack
 from typing import Any
 from unittest.mock import patch
 
+import torch
+
 Update = dict[str, float]
+
+
+def gpu_clock() -> float:
+    """Seconds, when the GPU has done what it was given."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class Stopwatch:
     """CPU seconds of this thread, by stage and by update, while it is entered.
 
-    A stage's time is its own: what a stage inside it takes is counted there alone.
+    A stage's time is its own: what a stage inside it takes is counted there alone. ``clock``:
+    another one, such as ``gpu_clock``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.thread_time) -> None:
+        self._clock = clock
         self.updates: list[Update] = []
         self._patches = ExitStack()
         self._stages = ["rest"]
@@ -37,7 +47,7 @@ class Stopwatch:
         """Note when ``owner.name`` returns, or is called, for the last time in an update."""
 
         def note() -> None:
-            self._update[label] = time.thread_time() - self._start
+            self._update[label] = self._clock() - self._start
 
         nothing = functools.partial(lambda: None)
         self._wrap(owner, name, *((note, nothing) if before else (nothing, note)))
@@ -63,18 +73,18 @@ class Stopwatch:
 
     def _begin(self) -> None:
         self._update = defaultdict(float)
-        self._start = self._since = time.thread_time()
+        self._start = self._since = self._clock()
         self._wall = time.perf_counter()
 
     def _end(self) -> None:
         self._spend()
-        self._update["whole"] = time.thread_time() - self._start
+        self._update["whole"] = self._clock() - self._start
         self._update["wall"] = time.perf_counter() - self._wall
         self.updates.append(dict(self._update))
         self._begin()
 
     def _spend(self) -> None:
-        now = time.thread_time()
+        now = self._clock()
         self._update[self._stages[-1]] += now - self._since
         self._since = now
 

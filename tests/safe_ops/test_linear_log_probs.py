@@ -46,7 +46,7 @@ def inputs(kind: str, *, V: int = 101, N: int = 40, H: int = 24) -> dict[str, Te
 
 def gradients(results: tuple[Tensor, Tensor], x: dict[str, Tensor]) -> list[Tensor]:
     n = results[0].numel()
-    slopes = torch.sin(torch.arange(2.0 * n)).reshape(2, *results[0].shape)
+    slopes = torch.sin(torch.arange(2.0 * n)).reshape(2, *results[0].shape).to(results[0].device)
     loss = (results[0] * slopes[0] + results[1] * slopes[1]).sum()
     return list(torch.autograd.grad(loss, [x["hidden"], x["weight"], x["bias"]]))
 
@@ -62,9 +62,11 @@ def worst(found: Tensor, truth: Tensor) -> float:
     return (found.double() - truth.double()).abs().max().item()
 
 
-def check_errors(kind: str, dtype: torch.dtype, **keywords: int) -> None:
+def check_errors(
+    kind: str, dtype: torch.dtype, *, device: torch.device | str = "cpu", **keywords: int
+) -> None:
     """Ours is no further from the truth than naive arithmetic on the same inputs."""
-    x = leaves(inputs(kind, **keywords), dtype)
+    x = leaves({k: t.to(device) for k, t in inputs(kind, **keywords).items()}, dtype)
     y = {name: t.detach().double().requires_grad_() if t.is_floating_point() else t
          for name, t in x.items()}  # fmt: skip
     truth = naive(**y)

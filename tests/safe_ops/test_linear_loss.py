@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from safe_ops import _linear_blocks as blocks
 from safe_ops import linear_log_probs, linear_loss
 from safe_ops import linear_loss as op
 from tests.safe_ops.test_linear_log_probs import inputs, naive
@@ -34,7 +35,7 @@ def test_value_and_gradients_are_those_of_linear_log_probs(
     dtype: torch.dtype, masked: bool, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Several chunks; the logits of one block alone are kept, all others are made again.
-    monkeypatch.setitem(op.__globals__, "LOGITS_BYTES", 0)
+    monkeypatch.setattr(blocks, "CPU_ROOM", blocks.CPU_ROOM._replace(kept_bytes=0))
     monkeypatch.setitem(op.__globals__, "FEWEST_ROWS", rows)
     hidden, weight, tokens = problem(dtype)
     mask = torch.arange(40) % 3 > 0 if masked else torch.ones(40).bool()

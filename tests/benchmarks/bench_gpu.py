@@ -1,0 +1,192 @@
+"""What the other benchmarks measure on a CPU, on a GPU.
+
+    make bench-gpu                                          # all, into docs/benchmarks.md
+    .venv-bench/bin/python -m tests.benchmarks.bench_gpu --parts head gae --output runs/bench
+
+Seconds between events on the GPU, launches included; calls in turn in every round, medians. Memory:
+the tensors' peak. The head's shapes are those of `bench_head` with 8192 tokens. The update is that
+of Qwen2.5-3B with random weights, at the settings of `--config qwen2_5_3b`.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import tempfile
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from examples.lm_rlhf.architectures import read_architecture
+from examples.lm_rlhf.config import qwen2_5_3b, smollm2_135m
+from examples.lm_rlhf.memory import memory, read_sizes
+from safe_ops.controllers import Controller
+from tests.benchmarks import bench_gae, bench_head, step_trainers
+from tests.benchmarks.bench_controllers import LAWS
+from tests.benchmarks.bench_sampling import Candidates
+from tests.benchmarks.bench_step import STAGES, WARM_UP, median
+from tests.benchmarks.head_calls import SHAPES, HeadProblem
+from tests.benchmarks.measure import (
+    Table,
+    gpu_peak_bytes,
+    interleaved_gpu_seconds,
+    write_results,
+)
+from tests.benchmarks.stopwatch import gpu_clock
+
+GIB = 2**30
+TOKENS = 8192
+COLUMNS = (
+    ("S", torch.bfloat16),
+    ("M", torch.bfloat16),
+    ("L", torch.bfloat16),
+    ("S", torch.float32),
+)
+# Torch's own chunked op, which not every version has.
+RUNS = {key: run for key, run in bench_head.RUNS.items() if key not in bench_head.ONLY_S}
+OUR_STAGES = ("controller", "advantages", "losses")
+
+
+def head() -> list[Table]:
+    """Times as ratios to the bare products, and peaks."""
+    found, peaks = [], []
+    for shape, dtype in COLUMNS:
+        problem = HeadProblem(TOKENS, *SHAPES[shape][1:], dtype, device="cuda")
+        found.append(bench_head.ratios(problem, RUNS, partial(interleaved_gpu_seconds, rounds=5)))
+        returned = problem.hidden.nbytes + problem.weight.nbytes
+        peaks.append(
+            {
+                key: gpu_peak_bytes(partial(run, problem)) - returned
+                for key, run in RUNS.items()
+                if key[0] in (bench_head.BOTH, bench_head.FUSED, bench_head.KL_BOTH)
+            }
+        )
+        del problem
+        torch.cuda.empty_cache()
+    names = [f"{shape}, {str(dtype).removeprefix('torch.')}" for shape, dtype in COLUMNS]
+    # The bare product is short here.
+    rows = [
+        [
+            *key,
+            *(f"{1e3 * f[key]:.2f}" if key[0] == "mm, seconds" else f"{f[key]:.2f}" for f in found),
+        ]
+        for key in found[0]
+    ]
+    rows[-1][0] = "mm, ms"
+    peak_rows = [
+        [key[0].split(" / ")[0], key[1], *(f"{p[key] / 2**20:.0f}" for p in peaks)]
+        for key in peaks[0]
+    ]
+    return [
+        Table(f"Head on a GPU, {TOKENS} tokens", ["figure", "by", *names], rows),
+        Table(
+            "Head on a GPU: peak memory, MiB beyond inputs and returned gradients",
+            ["of", "by", *names],
+            peak_rows,
+        ),
+    ]
+
+
+def gae() -> list[Table]:
+    """Ours beside TorchRL's."""
+    rows = []
+    for batch, steps in bench_gae.SIZES:
+        for name in ("no terminations", "general"):
+            calls = bench_gae.case(name, batch, steps, device="cuda")
+            seconds = interleaved_gpu_seconds(calls, rounds=5)
+            rows += [
+                [f"[{batch}, {steps}]", name, by, f"{1e3 * x:.2f}", f"{seconds['loop'] / x:.1f}"]
+                for by, x in seconds.items()
+            ]
+    columns = ["[B, T]", "case", "by", "ms", "times faster than the loop"]
+    return [Table("Advantages on a GPU", columns, rows)]
+
+
+def laws() -> list[Table]:
+    """One call of the Controller; its operations are launched, and not waited for."""
+    calls: dict[str, Callable[[], object]] = {}
+    for law, names in LAWS.values():
+        controller = Controller(law).to("cuda")
+        measured = dict.fromkeys(names, torch.tensor(0.5, device="cuda"))
+        calls[type(law).__name__] = partial(controller, **measured)
+    seconds = interleaved_gpu_seconds(calls, rounds=50)
+    rows = [[name, f"{1e6 * x:.0f}"] for name, x in seconds.items()]
+    return [Table("Controllers, eager on a GPU", ["law", "Controller's call, µs"], rows)]
+
+
+def sampling() -> list[Table]:
+    """The demo's sizes and longer responses, bfloat16, random weights."""
+    config = dataclasses.replace(smollm2_135m(), random_weights=True, dtype="bfloat16")
+    rows = []
+    for batch, new_tokens in ((16, 24), (64, 128)):
+        candidates = Candidates(batch, new_tokens, config=config, device="cuda")
+        seconds = interleaved_gpu_seconds(candidates.all(), rounds=3)
+        rows += [
+            [
+                f"{batch} x {new_tokens}",
+                name,
+                f"{x:.3f}",
+                f"{batch * new_tokens / x:.0f}",
+                f"{seconds['generate, LoRA in place'] / x:.2f}",
+            ]
+            for name, x in seconds.items()
+        ]
+    columns = ["rows x tokens", "by", "s", "tokens a second", "times generate"]
+    return [Table("Sampling on a GPU, SmolLM2-135M with LoRA, bfloat16", columns, rows)]
+
+
+def step() -> list[Table]:
+    """Whole SAFE updates at 3B: stages, throughput, peak, and the share that is ours."""
+    config = dataclasses.replace(
+        qwen2_5_3b(), random_weights=True, system_message="Be brief.", checkpoint_every=1000
+    )
+    torch.cuda.reset_peak_memory_stats()
+    with tempfile.TemporaryDirectory() as folder:
+        updates = step_trainers.ours(
+            config,
+            algorithm="safe",
+            make_logits=False,
+            updates=WARM_UP + 4,
+            output=Path(folder) / "run",
+            clock=gpu_clock,
+        )[WARM_UP:-1]
+    peak = torch.cuda.max_memory_allocated() / GIB
+    reserved = torch.cuda.max_memory_reserved() / GIB
+    sizes = read_sizes(read_architecture(config.model))
+    # Prompts are padded to whole tiles with the response.
+    formulas = memory(config, sizes, prompt_width=32).peak / GIB
+    whole = statistics.median(update["whole"] for update in updates)
+    rows = [[stage, f"{1e3 * median(updates, stage):.0f}"] for stage in STAGES]
+    rows.append(["whole", f"{1e3 * whole:.0f}"])
+    ours = sum(median(updates, stage) for stage in OUR_STAGES)
+    rows.append([f"{', '.join(OUR_STAGES)}: share of the whole", f"{ours / whole:.3f}"])
+    tokens = config.batch_size * config.max_new_tokens
+    rows.append(["response tokens a second", f"{tokens / whole:.0f}"])
+    rows.append(["peak of tensors, GiB", f"{peak:.2f}"])
+    rows.append(["reserved by the allocator, GiB", f"{reserved:.2f}"])
+    rows.append(["formulas, GiB", f"{formulas:.2f}"])
+    title = (
+        f"One SAFE update of Qwen2.5-3B (random weights) on a GPU, {config.batch_size} x 128 tokens"
+    )
+    return [Table(title, ["ms", "SAFE"], rows)]
+
+
+PARTS = {"head": head, "gae": gae, "laws": laws, "sampling": sampling, "step": step}
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, help="folder for gpu_PART.json")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    given = parser.parse_args()
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+    for part in given.parts:
+        write_results(f"gpu_{part}", PARTS[part](), given.output)
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
