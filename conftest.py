@@ -20,7 +20,12 @@ OTHERS = {
     ],
     "openrlhf": ["tests/safe_rl/integrations/test_openrlhf.py"],
     "ray": ["tests/safe_rl/integrations/test_ray.py"],
-    "cut_cross_entropy": ["tests/benchmarks/bench_head.py", "tests/benchmarks/head_peers.py"],
+    "triton": ["safe_ops/_linear_kernels.py", "safe_ops/_scan_kernel.py"],
+    "cut_cross_entropy": [
+        "tests/benchmarks/bench_gpu.py",
+        "tests/benchmarks/bench_head.py",
+        "tests/benchmarks/head_peers.py",
+    ],
 }
 collect_ignore = [
     path for library, paths in OTHERS.items() if find_spec(library) is None for path in paths

@@ -13,7 +13,6 @@ from torch import Tensor
 from safe_ops.compilation import compiled_body
 
 
-
 class Room(NamedTuple):
     """How much is worked on at a time. Constants, so that a token's sums are always taken in the
     same order, whatever the number of tokens."""
@@ -30,7 +29,7 @@ class Room(NamedTuple):
 
 CPU_ROOM = Room(block_size=4096, tile_bytes=2**24, kept_bytes=48 * 2**20, row_gap=64)
 """A tile lies in a core's cache, where rows whole pages apart would fall on the same lines."""
-GPU_ROOM = Room(block_size=8192, tile_bytes=2**28, kept_bytes=2**30, row_gap=0)
+GPU_ROOM = Room(block_size=16384, tile_bytes=2**29, kept_bytes=2**31, row_gap=0)
 """A product must take longer than Python needs to launch what follows it."""
 
 
@@ -57,7 +56,8 @@ class RowChunk(NamedTuple):
 
     def take(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """[padded, ...], zeros at the end."""
-        picked = x[self.rows]
+        # Detached: compiling looks at what a view of a saved result would have as its gradient.
+        picked = x.detach()[self.rows]
         if self.count == self.padded:
             return picked.to(dtype)
         filled = torch.zeros(self.padded, *x.shape[1:], dtype=dtype, device=x.device)
@@ -170,7 +170,7 @@ def row_chunks(
 
 
 class Tile:
-    """A buffer for one block of logits of one chunk, made once for all of them.
+    """A buffer for one block of logits of one chunk, made at its first use, once for all of them.
 
     ``memory``, contiguous and of the logits' dtype, is used in the place of memory of its own.
     """
@@ -187,35 +187,30 @@ class Tile:
         self.dtype = product_dtype(hidden, weight)
         # The products of half-precision inputs are summed in float32. CUDA can hand these sums
         # out; a CPU can only round them, as the model's own head does.
-        self.logits_dtype = self.dtype
         self.keeps_sums = hidden.device.type == "cuda" and self.dtype.itemsize == 2
-        if self.keeps_sums:
-            self.logits_dtype = torch.float32
+        self.logits_dtype = torch.float32 if self.keeps_sums else self.dtype
         self._stride = row_stride(min(block_size, weight.shape[0]), hidden.device)
-        size = rows * self._stride
-        if memory is None:
-            memory = torch.empty(size, dtype=self.logits_dtype, device=hidden.device)
-        self._flat = memory.view(-1)[:size]
-        self.nbytes = self._flat.nbytes
+        self._size = rows * self._stride
+        self._flat = None if memory is None else memory.view(-1)[: self._size]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the logits."""
+        return self._size * self.logits_dtype.itemsize
 
     def logits(self, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """[rows, entries]: states [rows, H] times weight [entries, H], plus bias [entries]."""
-        z = self.kept(states, weight)
+        z = self.room_for(states, weight, self.logits_dtype)
         if self.keeps_sums:
             torch.mm(states, weight.t(), out_dtype=torch.float32, out=z)
         else:
             torch.mm(states, weight.t(), out=z)
         return z if bias is None else z.add_(bias)
 
-    def slopes(self, z: Tensor, *arguments: Tensor) -> Tensor:
-        """p (constant + slope log p) in the dtype of the products; in place where z has it."""
-        if self.keeps_sums:
-            return slopes_apart(z, *arguments, dtype=self.dtype)
-        turn_into_slopes(z, *arguments)
-        return z
-
-    def kept(self, states: Tensor, weight: Tensor) -> Tensor:
-        """What ``logits`` wrote for tensors of these shapes."""
+    def room_for(self, states: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """The buffer, of a dtype that is the same at each call; still as ``logits`` left it."""
+        if self._flat is None:
+            self._flat = states.new_empty(self._size, dtype=dtype)
         rows = self._flat[: states.shape[0] * self._stride].view(-1, self._stride)
         return rows[:, : weight.shape[0]]
 
@@ -266,30 +261,20 @@ def absorb_block(
     )
 
 
-def _slopes(
+@compiled_body
+def turn_into_slopes(
     z: Tensor,
     inverse_temperature: Tensor,
     shift: Tensor,
     log_total: Tensor,
     constant: Tensor,
     slope: Tensor,
-) -> Tensor:
+) -> None:
+    """z becomes p (constant + slope log p), in place."""
     x = z.to(shift.dtype) * inverse_temperature
     never = -200.0 if shift.dtype == torch.float32 else -1000.0
     log_p = (x - shift.unsqueeze(1)).clamp_min(never) - log_total.unsqueeze(1)
-    return log_p.exp() * (constant.unsqueeze(1) + slope.unsqueeze(1) * log_p)
-
-
-@compiled_body
-def turn_into_slopes(z: Tensor, *arguments: Tensor) -> None:
-    """z becomes p (constant + slope log p), in place."""
-    z.copy_(_slopes(z, *arguments))
-
-
-@compiled_body
-def slopes_apart(z: Tensor, *arguments: Tensor, dtype: torch.dtype) -> Tensor:
-    """p (constant + slope log p) in another dtype."""
-    return _slopes(z, *arguments).to(dtype)
+    z.copy_(log_p.exp() * (constant.unsqueeze(1) + slope.unsqueeze(1) * log_p))
 
 
 def number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -297,9 +282,9 @@ def number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.full((), value, dtype=dtype, device=device)
 
 
-def sum_start(chunk: RowChunk, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+def sum_start(states: Tensor, dtype: torch.dtype) -> list[Tensor]:
     """m, s and u before the first block; m is the lowest number, since inf - inf is nan."""
-    lowest = torch.full((chunk.padded,), torch.finfo(dtype).min, device=device, dtype=dtype)
+    lowest = states.new_full(states.shape[:1], torch.finfo(dtype).min, dtype=dtype)
     return [lowest, torch.zeros_like(lowest), torch.zeros_like(lowest)]
 
 

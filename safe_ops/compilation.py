@@ -1,6 +1,7 @@
 """The one place that chooses a ``torch.compile`` backend."""
 
 import functools
+import importlib.util
 import os
 import shutil
 from collections.abc import Callable
@@ -54,6 +55,21 @@ def compile_with(
 def _has_compiler() -> bool:
     named = os.environ.get("CXX")
     return any(shutil.which(name) for name in ((named,) if named else _CXX_NAMES))
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether the ops' Triton kernels can run where a tensor is.
+
+    Example:
+        >>> has_kernels(torch.ones(1))
+        False
+    """
+    return x.is_cuda and _has_triton()
 
 
 def compile_backend() -> str | None:

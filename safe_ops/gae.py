@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from safe_ops.compilation import has_kernels
+
 
 class AdvantageEstimate(NamedTuple):
     """Advantage, and the value target it implies; both in reward units, detached."""
@@ -193,6 +195,10 @@ def _following(x: Tensor, factor: Tensor, last: Tensor) -> Tensor:
 
 
 def _following_eager(x: Tensor, factor: Tensor, last: Tensor) -> Tensor:
+    if has_kernels(x):
+        from safe_ops._scan_kernel import following
+
+        return following(x, factor, last)
     y = torch.cat([x, last.unsqueeze(1)], 1)
     _scan_(y, factor)
     return y[:, 1:]

@@ -157,7 +157,7 @@ def _forward(
         )
         states = chunk.take(hidden, tiles[0].dtype)
         ref_states = chunk.take(ref_hidden, tiles[1].dtype)
-        sums = blocks.sum_start(chunk, hidden.device, dtype)
+        sums = blocks.sum_start(states, dtype)
         sums += [sums[0], sums[1]]
         for part in blocks.vocabulary_blocks(weight, block_size):
             z = tiles[0].logits(states, weight[part].to(tiles[0].dtype), None)

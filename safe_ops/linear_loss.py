@@ -34,7 +34,8 @@ def linear_loss(
     instead of the four of ``linear_log_probs`` and its backward. Those of the first H tokens lie in
     the memory that is to become the gradient of ``weight``; then at most 48 MiB are kept at a time.
     A chunk has 128 tokens at least, since each costs a pass over the weight and its gradient: in a
-    vocabulary of more than 98,304 some of its logits are made twice.
+    vocabulary of more than 98,304 some of its logits are made twice. On a GPU 2 GiB are kept; in
+    half precision none, and all are made twice, which takes less time than to write them.
 
     Not for ``torch.compile(fullgraph=True)``: ``token_loss`` is a Python function that is
     differentiated on the way. ``linear_log_probs`` is for that.
@@ -144,27 +145,22 @@ def _work_on_chunk(
 ) -> Tensor:
     """The chunk's loss; its gradients are written where they are needed."""
     tiles = store.tiles(chunk)
-    sums = blocks.sum_start(chunk, states.device, scale.dtype)
-    logit = torch.zeros_like(sums[0])
-    for tile, part in tiles:
-        z = tile.logits(states, weight[part].to(states.dtype), None)
-        sums = blocks.absorb_block(z, scale, *sums)
-        logit = chosen.read_chosen(z, ids, part, scale, logit)
+    sums, logit = chosen.sum_rows(states, weight, None, ids, scale, tiles)
     log_prob, entropy, highest, log_total = chosen.finish(sums, logit)
     value, g, g_entropy = _slopes_of(token_loss, log_prob, entropy, chunk)
     if not any(needed):
         return value
-    constant, slope, at_token = chosen.slopes(log_prob, entropy, g, g_entropy, scale)
+    made = chosen.slopes(log_prob, entropy, g, g_entropy, scale)
+    rows = chosen.RowSlopes(highest, log_total, *made)
     d_states = torch.zeros_like(states, dtype=scale.dtype)
     used: blocks.Tile | None = None
     for tile, part in reversed(tiles):
-        rows = weight[part].to(states.dtype)
-        z = tile.logits(states, rows, None) if tile is used else tile.kept(states, rows)
+        entries = weight[part].to(states.dtype)
+        kept = tile is not used
+        z = chosen.block_slopes(states, entries, None, ids, part, scale, rows, tile, kept=kept)
         used = tile
-        z = tile.slopes(z, scale, highest, log_total, constant, slope)
-        chosen.write_chosen(z, ids, part, at_token)
         if needed[0]:
-            blocks.add_product(d_states, z, rows)
+            blocks.add_product(d_states, z, entries)
         if needed[1]:
             store.write_gradient(part, z, states)
     store.next_chunk()
@@ -191,6 +187,9 @@ class _LogitStore:
         self._kept_bytes = blocks.room(hidden.device).kept_bytes
         row_bytes = self._tile(0).logits_dtype.itemsize * weight.shape[0]
         self.rows = max(blocks.whole_tiles(self._kept_bytes // row_bytes), FEWEST_ROWS)
+        if chosen.has_fused(hidden, weight):
+            # Nothing is kept.
+            self._kept_bytes, self.rows = 0, blocks.tile_rows(hidden, block_size)
         block = min(block_size, weight.shape[0])
         fitting = weight.shape[1] * block // blocks.row_stride(block, hidden.device)
         self._in_gradient = (

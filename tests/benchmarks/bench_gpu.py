@@ -26,7 +26,7 @@ from safe_ops.controllers import Controller
 from tests.benchmarks import bench_gae, bench_head, step_trainers
 from tests.benchmarks.bench_controllers import LAWS
 from tests.benchmarks.bench_sampling import Candidates
-from tests.benchmarks.bench_step import STAGES, WARM_UP, median
+from tests.benchmarks.bench_step import STAGES, median
 from tests.benchmarks.head_calls import SHAPES, HeadProblem
 from tests.benchmarks.measure import (
     Table,
@@ -54,7 +54,7 @@ def head() -> list[Table]:
     found, peaks = [], []
     for shape, dtype in COLUMNS:
         problem = HeadProblem(TOKENS, *SHAPES[shape][1:], dtype, device="cuda")
-        found.append(bench_head.ratios(problem, RUNS, partial(interleaved_gpu_seconds, rounds=5)))
+        found.append(bench_head.ratios(problem, RUNS, partial(interleaved_gpu_seconds, rounds=3)))
         returned = problem.hidden.nbytes + problem.weight.nbytes
         peaks.append(
             {
@@ -95,7 +95,7 @@ def gae() -> list[Table]:
     for batch, steps in bench_gae.SIZES:
         for name in ("no terminations", "general"):
             calls = bench_gae.case(name, batch, steps, device="cuda")
-            seconds = interleaved_gpu_seconds(calls, rounds=5)
+            seconds = interleaved_gpu_seconds(calls, rounds=3)
             rows += [
                 [f"[{batch}, {steps}]", name, by, f"{1e3 * x:.2f}", f"{seconds['loop'] / x:.1f}"]
                 for by, x in seconds.items()
@@ -120,9 +120,9 @@ def sampling() -> list[Table]:
     """The demo's sizes and longer responses, bfloat16, random weights."""
     config = dataclasses.replace(smollm2_135m(), random_weights=True, dtype="bfloat16")
     rows = []
-    for batch, new_tokens in ((16, 24), (64, 128)):
+    for batch, new_tokens in ((16, 24), (64, 64)):
         candidates = Candidates(batch, new_tokens, config=config, device="cuda")
-        seconds = interleaved_gpu_seconds(candidates.all(), rounds=3)
+        seconds = interleaved_gpu_seconds(candidates.all(), rounds=2)
         rows += [
             [
                 f"{batch} x {new_tokens}",
@@ -148,10 +148,10 @@ def step() -> list[Table]:
             config,
             algorithm="safe",
             make_logits=False,
-            updates=WARM_UP + 4,
+            updates=4,
             output=Path(folder) / "run",
             clock=gpu_clock,
-        )[WARM_UP:-1]
+        )[1:-1]  # the first warms up, the last writes a checkpoint
     peak = torch.cuda.max_memory_allocated() / GIB
     reserved = torch.cuda.max_memory_reserved() / GIB
     sizes = read_sizes(read_architecture(config.model))
