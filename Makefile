@@ -16,7 +16,7 @@ TABLE  := runs/table
 # them takes 15 % of an update. Other systems ignore the names.
 KEEP   := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296
 
-.PHONY: demo demo-table test test-slow test-gpu $(OTHERS:%=test-%) lint bench clean
+.PHONY: demo demo-table test test-slow test-gpu $(OTHERS:%=test-%) lint bench bench-gpu clean
 
 demo: $(STAMP)
 	$(KEEP) $(BIN)/python -m examples.lm_rlhf.train --seed $(SEED) $(if $(STEPS),--steps $(STEPS)) --output $(OUTPUT)
@@ -51,6 +51,14 @@ lint: $(STAMP)
 BENCHES := head gae controllers sampling step
 bench: .venv-bench/.installed $(BENCHES:%=runs/bench/%.json)
 	.venv-bench/bin/python -m tests.benchmarks.page runs/bench docs/benchmarks.md
+
+# On a GPU: every part that has no results yet.
+GPU_BENCHES := kernels gae laws head sampling step
+bench-gpu: .venv-bench/.installed $(GPU_BENCHES:%=runs/bench/gpu_%.json)
+	.venv-bench/bin/python -m tests.benchmarks.page runs/bench docs/benchmarks.md
+
+runs/bench/gpu_%.json: | .venv-bench/.installed
+	.venv-bench/bin/python -W ignore -m tests.benchmarks.bench_gpu --parts $* --output runs/bench
 
 runs/bench/%.json: | .venv-bench/.installed
 	.venv-bench/bin/python -W ignore -m tests.benchmarks.bench_$* --output runs/bench

@@ -22,6 +22,8 @@ import torch
 from examples.lm_rlhf.architectures import read_architecture
 from examples.lm_rlhf.config import qwen2_5_3b, smollm2_135m
 from examples.lm_rlhf.memory import memory, read_sizes
+from safe_ops import _linear_kernels
+from safe_ops._linear_kernels import Launch
 from safe_ops.controllers import Controller
 from tests.benchmarks import bench_gae, bench_head, step_trainers
 from tests.benchmarks.bench_controllers import LAWS
@@ -44,6 +46,15 @@ COLUMNS = (
     ("L", torch.bfloat16),
     ("S", torch.float32),
 )
+NAMES = [f"{shape}, {str(dtype).removeprefix('torch.')}" for shape, dtype in COLUMNS]
+HALF_ONLY = ("cut-cross-entropy (no entropy)",)
+LAUNCHES = (
+    Launch(rows=128, entries=128, depth=64, warps=8, stages=3, registers=128),
+    Launch(rows=128, entries=256, depth=64, warps=8, stages=3),
+    Launch(rows=128, entries=128, depth=64, warps=8, stages=3),
+    Launch(rows=128, entries=128, depth=32, warps=8, stages=4, registers=128),
+)
+BLOCK = 16_384
 # Torch's own chunked op, which not every version has.
 RUNS = {key: run for key, run in bench_head.RUNS.items() if key not in bench_head.ONLY_S}
 OUR_STAGES = ("controller", "advantages", "losses")
@@ -54,39 +65,75 @@ def head() -> list[Table]:
     found, peaks = [], []
     for shape, dtype in COLUMNS:
         problem = HeadProblem(TOKENS, *SHAPES[shape][1:], dtype, device="cuda")
-        found.append(bench_head.ratios(problem, RUNS, partial(interleaved_gpu_seconds, rounds=3)))
+        runs = {key: RUNS[key] for key in RUNS if dtype != torch.float32 or key[1] not in HALF_ONLY}
+        found.append(bench_head.ratios(problem, runs, partial(interleaved_gpu_seconds, rounds=3)))
         returned = problem.hidden.nbytes + problem.weight.nbytes
         peaks.append(
             {
-                key: gpu_peak_bytes(partial(run, problem)) - returned
-                for key, run in RUNS.items()
+                key: (gpu_peak_bytes(partial(run, problem)) - returned) / 2**20
+                for key, run in runs.items()
                 if key[0] in (bench_head.BOTH, bench_head.FUSED, bench_head.KL_BOTH)
             }
         )
+        print(shape, dtype, found[-1], peaks[-1], flush=True)
         del problem
         torch.cuda.empty_cache()
-    names = [f"{shape}, {str(dtype).removeprefix('torch.')}" for shape, dtype in COLUMNS]
-    # The bare product is short here.
-    rows = [
-        [
-            *key,
-            *(f"{1e3 * f[key]:.2f}" if key[0] == "mm, seconds" else f"{f[key]:.2f}" for f in found),
-        ]
-        for key in found[0]
-    ]
-    rows[-1][0] = "mm, ms"
-    peak_rows = [
-        [key[0].split(" / ")[0], key[1], *(f"{p[key] / 2**20:.0f}" for p in peaks)]
-        for key in peaks[0]
-    ]
+    products = [f.pop(("mm, seconds", "torch")) for f in found]
+
+    def row(key: tuple[str, str], columns: list[dict[tuple[str, str], float]], form: str) -> list:
+        return [*key, *(f"{c[key]:{form}}" if key in c else "" for c in columns)]
+
+    rows = [row(key, found, ".2f") for key in found[0]]
+    rows.append(["mm, ms", "torch", *(f"{1e3 * x:.2f}" for x in products)])
+    memory = "Head on a GPU: peak memory, MiB beyond inputs and returned gradients"
     return [
-        Table(f"Head on a GPU, {TOKENS} tokens", ["figure", "by", *names], rows),
-        Table(
-            "Head on a GPU: peak memory, MiB beyond inputs and returned gradients",
-            ["of", "by", *names],
-            peak_rows,
-        ),
+        Table(f"Head on a GPU, {TOKENS} tokens", ["figure", "by", *NAMES], rows),
+        Table(memory, ["of", "by", *NAMES], [row(key, peaks, ".0f") for key in peaks[0]]),
     ]
+
+
+def launch_seconds(shape: str) -> dict[tuple[str, Launch | None], float]:
+    """Of each kernel with each launch, and of the bare product of the same size."""
+    problem = HeadProblem(TOKENS, *SHAPES[shape][1:], torch.bfloat16, device="cuda")
+    hidden, weight = problem.hidden.detach(), problem.weight.detach()
+    some = weight[:BLOCK]
+    one, row = torch.ones((), device="cuda"), torch.rand(TOKENS, device="cuda")
+    out = hidden.new_empty(TOKENS, BLOCK)
+
+    def sums(launch: Launch) -> object:
+        _linear_kernels.SUMS = launch
+        return _linear_kernels.row_sums(hidden, weight, None, problem.tokens, one)
+
+    def slopes(launch: Launch) -> None:
+        _linear_kernels.SLOPES = launch
+        _linear_kernels.slopes(hidden, some, None, problem.tokens, 0, one, 5 * (row,), out)
+
+    calls: dict[tuple[str, Launch | None], Callable[[], object]] = {
+        ("sums", None): lambda: hidden @ weight.t(),
+        ("slopes", None): lambda: torch.mm(hidden, some.t(), out=out),
+    }
+    for launch in LAUNCHES:
+        calls["sums", launch] = partial(sums, launch)
+        calls["slopes", launch] = partial(slopes, launch)
+    chosen = _linear_kernels.SUMS, _linear_kernels.SLOPES
+    seconds = interleaved_gpu_seconds(calls, rounds=5)
+    _linear_kernels.SUMS, _linear_kernels.SLOPES = chosen
+    return seconds
+
+
+def kernels() -> list[Table]:
+    """Every launch on every shape."""
+    rows = []
+    for shape in SHAPES:
+        seconds = launch_seconds(shape)
+        rows += [
+            [shape, kernel, *map(str, launch), f"{1e3 * x:.2f}", f"{x / seconds[kernel, None]:.2f}"]
+            for (kernel, launch), x in seconds.items()
+            if launch is not None
+        ]
+        torch.cuda.empty_cache()
+    columns = ["shape", "kernel", *Launch._fields, "ms", "/ product"]
+    return [Table(f"Kernels, {TOKENS} tokens, bfloat16", columns, rows)]
 
 
 def gae() -> list[Table]:
@@ -123,6 +170,7 @@ def sampling() -> list[Table]:
     for batch, new_tokens in ((16, 24), (64, 64)):
         candidates = Candidates(batch, new_tokens, config=config, device="cuda")
         seconds = interleaved_gpu_seconds(candidates.all(), rounds=2)
+        print(batch, new_tokens, seconds, flush=True)
         rows += [
             [
                 f"{batch} x {new_tokens}",
@@ -156,7 +204,7 @@ def step() -> list[Table]:
     reserved = torch.cuda.max_memory_reserved() / GIB
     sizes = read_sizes(read_architecture(config.model))
     # Prompts are padded to whole tiles with the response.
-    formulas = memory(config, sizes, prompt_width=32).peak / GIB
+    formulas = memory(config, sizes, prompt_width=32, gpus=1).peak / GIB
     whole = statistics.median(update["whole"] for update in updates)
     rows = [[stage, f"{1e3 * median(updates, stage):.0f}"] for stage in STAGES]
     rows.append(["whole", f"{1e3 * whole:.0f}"])
@@ -173,7 +221,14 @@ def step() -> list[Table]:
     return [Table(title, ["ms", "SAFE"], rows)]
 
 
-PARTS = {"head": head, "gae": gae, "laws": laws, "sampling": sampling, "step": step}
+PARTS = {
+    "head": head,
+    "kernels": kernels,
+    "gae": gae,
+    "laws": laws,
+    "sampling": sampling,
+    "step": step,
+}
 
 
 def main() -> None:

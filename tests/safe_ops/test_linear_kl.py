@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
+from safe_ops import _linear_blocks as blocks
 from safe_ops import kl_exact, linear_kl
 from tests.strategies import PROPERTY, bool_tensors, log_uniform, tensors
 
@@ -94,6 +95,15 @@ def test_gradcheck() -> None:
 def test_opcheck() -> None:
     x = [t.requires_grad_() for t in inputs("random", V=11, N=5)]
     torch.library.opcheck(torch.ops.safe_ops.linear_kl.default, (*x, None, 0.7, 4))
+
+
+@pytest.mark.slow
+def test_compiled_bodies_see_no_gradient_of_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Views of saved results: compiling one that requires a gradient warns, an error here.
+    monkeypatch.setattr(blocks, "CPU_ROOM", blocks.CPU_ROOM._replace(tile_bytes=2048))
+    torch.compiler.reset()
+    check_errors("random", torch.float32)
+    check_errors("random", torch.bfloat16)
 
 
 def test_a_frozen_reference_gets_no_gradient() -> None:
