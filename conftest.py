@@ -12,7 +12,11 @@ from safe_ops import set_compile_backend
 # environment of its own (Makefile), as are the peers of the benchmarks, and elsewhere what imports
 # one cannot be collected.
 OTHERS = {
-    "trl": ["examples/trl_beta.py", "tests/safe_rl/integrations/test_trl.py"],
+    "trl": [
+        "examples/trl_beta.py",
+        "tests/benchmarks/bench_trl.py",
+        "tests/safe_rl/integrations/test_trl.py",
+    ],
     "verl": [
         "safe_rl/integrations/verl.py",
         "examples/verl_controller.py",

@@ -151,3 +151,7 @@ def qwen2_5_3b() -> Config:
         checkpoint_every=50,
         samples_every=50,
     )
+
+
+CONFIGS = {"smollm2_135m": smollm2_135m, "qwen2_5_3b": qwen2_5_3b}
+"""By the names that command lines take."""

@@ -15,12 +15,11 @@ from rich.table import Table
 from transformers import PreTrainedConfig
 
 from examples.lm_rlhf.architectures import read_architecture
-from examples.lm_rlhf.config import Config, qwen2_5_3b, smollm2_135m
+from examples.lm_rlhf.config import CONFIGS, Config
 
 GIB = 2**30
 TILE_BYTES = 16 * 2**20
 """Of logits that ``safe_ops.linear_log_probs`` works on at a time."""
-CONFIGS = {"smollm2_135m": smollm2_135m, "qwen2_5_3b": qwen2_5_3b}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

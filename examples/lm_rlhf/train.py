@@ -6,9 +6,7 @@ One update: sample responses, re-score them under the policy and the reference, 
 move the controller once, estimate advantages, and take a few epochs of minibatch steps.
 """
 
-import argparse
 import copy
-import dataclasses
 import itertools
 import os
 import resource
@@ -25,7 +23,8 @@ from rich.console import Console
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from examples.lm_rlhf.config import Config, qwen2_5_3b, smollm2_135m
+from examples.lm_rlhf.command_line import parse
+from examples.lm_rlhf.config import Config
 from examples.lm_rlhf.guard import Guard, RunStoppedError
 from examples.lm_rlhf.models import load_policy, read_prompts, tokenize_prompts
 from examples.lm_rlhf.rewards import classifier_reward, vader_reward
@@ -57,7 +56,6 @@ from safe_rl.trust_region import policy_kl
 
 ROW_TILE = 16
 """Rows; the largest tile of the matrix products seen here."""
-CONFIGS = {"smollm2_135m": smollm2_135m, "qwen2_5_3b": qwen2_5_3b}
 
 
 class PromptOrder:
@@ -441,43 +439,6 @@ def timing_record(step: int, clock: dict[str, float]) -> dict[str, object]:
     }
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
     return {"record": "timing", "step": step, **stages, "peak_memory_gib": peak}
-
-
-def parse(argv: list[str] | None) -> tuple[Config, Path, bool]:
-    """Settings from the command line; what is not given stays as the chosen config has it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", choices=CONFIGS, default="smollm2_135m")
-    parser.add_argument("--model", help="causal-LM folder or hub id")
-    parser.add_argument(
-        "--random-weights",
-        action="store_true",
-        default=None,
-        help="of the model's sizes, in place of its weights: to measure memory and speed",
-    )
-    parser.add_argument("--reward-model", help="sequence-classification folder or hub id")
-    parser.add_argument("--reward-label", help="its output that is the reward, if it has several")
-    parser.add_argument("--algorithm", choices=["safe", "ppo"])
-    parser.add_argument("--steps", type=int, help="updates")
-    parser.add_argument("--seed", type=int)
-    parser.add_argument("--threads", type=int, help="of the CPU")
-    parser.add_argument("--prompts", type=Path, help="one prompt a line, or .jsonl")
-    parser.add_argument("--system-message", help="first turn of every chat")
-    parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--minibatch-size", type=int)
-    parser.add_argument("--max-new-tokens", type=int)
-    parser.add_argument("--checkpoint-every", type=int)
-    parser.add_argument("--policy-learning-rate", type=float)
-    parser.add_argument("--kl-coef", type=float, help="of the penalty; 0 switches it off")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the run")
-    parser.add_argument("--resume", action="store_true", help="continue the run in --output")
-    arguments = vars(parser.parse_args(argv))
-    config = CONFIGS[arguments.pop("config")]()
-    output, resume = arguments.pop("output"), arguments.pop("resume")
-    kl_coef = arguments.pop("kl_coef")
-    given = {name: value for name, value in arguments.items() if value is not None}
-    if kl_coef is not None:
-        given["kl_law"] = dataclasses.replace(config.kl_law, coef=kl_coef)
-    return dataclasses.replace(config, **given), output, resume
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -22,6 +22,7 @@ import torch
 
 from examples.lm_rlhf import train
 from examples.lm_rlhf.architectures import read_architecture
+from examples.lm_rlhf.command_line import parse
 from examples.lm_rlhf.memory import memory, read_sizes
 from tests.benchmarks.measure import Table, resident_bytes, write_results
 from tests.benchmarks.step_trainers import STAGES
@@ -63,7 +64,7 @@ def main() -> None:
     """Run, and print what was seen."""
     watch = Watch()
     with tempfile.TemporaryDirectory() as output, ExitStack() as patches:
-        config, folder, _ = train.parse([*sys.argv[1:], "--output", f"{output}/run"])
+        config, folder, _ = parse([*sys.argv[1:], "--output", f"{output}/run"])
         torch.set_flush_denormal(True)
         for owner, name, stage in STAGES:
             watched = watch.wrap(stage, getattr(owner, name))

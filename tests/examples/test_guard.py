@@ -32,7 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def configured(monkeypatch: pytest.MonkeyPatch, model: Path):
     def call(**changes) -> None:
         config = dataclasses.replace(tiny(str(model)), **changes)
-        monkeypatch.setitem(example.CONFIGS, "smollm2_135m", lambda: config)
+        monkeypatch.setitem(CONFIGS, "smollm2_135m", lambda: config)
 
     return call
 

@@ -10,7 +10,8 @@ from transformers import Qwen2Config
 
 from examples.lm_rlhf import train as example
 from examples.lm_rlhf.architectures import PUBLISHED, random_model
-from examples.lm_rlhf.config import short_run_law, tiny
+from examples.lm_rlhf.command_line import parse
+from examples.lm_rlhf.config import CONFIGS, short_run_law, tiny
 from safe_rl.monitoring import RunLog
 from safe_rl.monitoring.monitor import Monitor
 from safe_rl.monitoring.run_log import split_chain
@@ -31,7 +32,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def tiny_config(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
-    monkeypatch.setitem(example.CONFIGS, "smollm2_135m", lambda: tiny(str(model)))
+    monkeypatch.setitem(CONFIGS, "smollm2_135m", lambda: tiny(str(model)))
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ def test_the_target_critic_follows(
     tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch, model: Path, share: float
 ) -> None:
     config = dataclasses.replace(tiny(str(model)), target_critic_polyak=share, steps=1)
-    monkeypatch.setitem(example.CONFIGS, "smollm2_135m", lambda: config)
+    monkeypatch.setitem(CONFIGS, "smollm2_135m", lambda: config)
     seen = []
     follow = example.polyak
 
@@ -299,6 +300,14 @@ def test_random_weights_are_drawn_once_and_are_those_of_transformers() -> None:
     torch.testing.assert_close(network.model.rotary_emb.inv_freq, rope)
 
 
+@pytest.mark.parametrize(("config", "merged"), [("smollm2_135m", True), ("qwen2_5_3b", False)])
+def test_merged_sampling_is_the_configs_choice_or_the_users(config: str, merged: bool) -> None:
+    given = ["--output", "run", "--config", config]
+    assert parse(given)[0].merged_sampling is merged
+    assert parse([*given, "--merged-sampling"])[0].merged_sampling
+    assert not parse([*given, "--no-merged-sampling"])[0].merged_sampling
+
+
 def test_a_config_names_what_it_needs(model: Path) -> None:
     with pytest.raises(ValueError, match="minibatch_size must divide batch_size, got 3 and 4"):
         dataclasses.replace(tiny(str(model)), minibatch_size=3)
@@ -322,7 +331,7 @@ def test_a_penalty_changes_the_policy(
             trust_region_limit=None,
             monitor=Monitor(actions={}),
         )
-        monkeypatch.setitem(example.CONFIGS, "smollm2_135m", lambda chosen=setting: chosen)
+        monkeypatch.setitem(CONFIGS, "smollm2_135m", lambda chosen=setting: chosen)
         assert run(tmp_path / str(coef)) == 0
         kl = [r["kl_nats_per_token"] for r in updates(tmp_path / str(coef))]
         late[coef] = sum(kl[-8:]) / 8
