@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from examples.lm_rlhf import train as example
-from examples.lm_rlhf.config import short_run_law, tiny
+from examples.lm_rlhf.config import CONFIGS, short_run_law, tiny
 from safe_ops import gated_kl_penalty
 from safe_rl.monitoring import RunLog
 from safe_rl.monitoring.audit import audit_log
