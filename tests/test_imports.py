@@ -46,6 +46,10 @@ def label(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+KERNELS = ("_linear_kernels.py", "_scan_kernel.py")
+"""Imported where they are launched: triton comes with the builds of torch for GPUs."""
+
+
 def test_there_are_files_to_read() -> None:
     assert len(files("safe_ops")) > 8
     assert len(files("safe_rl")) > 8
@@ -54,6 +58,8 @@ def test_there_are_files_to_read() -> None:
 @pytest.mark.parametrize("path", files("safe_ops"), ids=label)
 def test_safe_ops_imports_torch_and_nothing_else(path: Path) -> None:
     allowed = {"torch", "safe_ops", *sys.stdlib_module_names}
+    if path.name in KERNELS:
+        allowed.add("triton")
     wrong = {name: line for name, line in imported(path).items()
              if name.split(".")[0] not in allowed}  # fmt: skip
     assert not wrong
@@ -84,6 +90,7 @@ def modules_after(code: str) -> set[str]:
 
 def test_import_safe_ops_loads_nothing_higher() -> None:
     loaded = modules_after("import safe_ops, safe_ops.controllers")
+    assert not {f"safe_ops.{name.removesuffix('.py')}" for name in KERNELS} & loaded
     assert "safe_ops.controllers" in loaded
     assert not (HIGHER | {"safe_rl"}) & loaded
 

@@ -154,8 +154,7 @@ class Phase:
         age = torch.arange(2 * self.window, device=reward.device)
         length = ((state.step + 1) // 2).clamp(1, self.window)
         # Row 0 marks the last window, row 1 the one before.
-        start = torch.arange(2, device=reward.device).unsqueeze(1) * length
-        windows = (age >= start) & (age < start + length)
+        windows = age // length == torch.arange(2, device=reward.device).unsqueeze(1)
         means = (history * windows).sum(-1) / length
         squares = ((history - means.unsqueeze(1)) * windows).square().sum(-1)
         variances = squares / (length - 1).clamp(min=1)
@@ -175,30 +174,33 @@ class Phase:
             history=history,
         )
 
-        wanted = self._wanted(new, mean, variances[0])
-        wanted = wanted * (state.step >= max(3, self.warm_up))  # WARM_UP is 0
-        may_leave = (state.phase == WARM_UP) | (state.dwelt >= self.dwell)
-        phase = torch.where(may_leave, wanted, state.phase)
-        # The factor of the warm-up is there from the start, and no phase leads back to it.
-        factor = state.factor
-        for index in (CLIMBING, CONVERGED, PLATEAU):
-            factor = torch.where(phase == index, self.factors[index], factor)
+        # The phase does not end before the warm-up is over, and no phase leads back to it.
+        may_leave = torch.where(
+            state.phase == WARM_UP, state.step >= max(3, self.warm_up), state.dwelt >= self.dwell
+        )
+        climbs, settled = self._signs(new, mean, variances[0])
+
+        def chosen(climbing: float, converged: float, plateau: float, held: Tensor) -> Tensor:
+            wanted = torch.where(climbs, climbing, torch.where(settled, converged, plateau))
+            return torch.where(may_leave, wanted.to(held.dtype), held)
+
+        phase = chosen(CLIMBING, CONVERGED, PLATEAU, state.phase)
+        factor = chosen(*self.factors[1:], state.factor)
         dwelt = state.dwelt * (phase == state.phase) + 1
         return new._replace(phase=phase, factor=factor, dwelt=dwelt)
 
-    def _wanted(self, new: PhaseState, mean: Tensor, variance: Tensor) -> Tensor:
-        """The phase that the reward speaks for; ``new.phase`` is still the old one."""
+    def _signs(self, new: PhaseState, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether the reward climbs, and has settled; ``new.phase`` is still the old one."""
         climbing, converged = new.phase == CLIMBING, new.phase == CONVERGED
-        unit = new.rise_error if self.relative else torch.ones_like(new.rise_error)
-        climbs = new.rise > torch.where(climbing, self.leave, self.enter) * unit
         level = torch.where(converged, self.level_leave, self.level_enter)
-        if self.relative:
-            extent = new.highest - new.lowest
-            stands = mean - new.lowest > level * extent
-            falls = new.rise < -torch.where(converged, self.enter, self.leave) * unit
-            # Once converged it has moved: only its level and a fall end that.
-            moved = converged | (extent > self.moved * unit)
-            settled = stands & ~falls & moved
-        else:
+        rise_needed = torch.where(climbing, self.leave, self.enter)
+        if not self.relative:
             settled = (mean > level) & (variance < self.spread_limit**2)
-        return torch.where(climbs, CLIMBING, torch.where(settled, CONVERGED, PLATEAU))
+            return new.rise > rise_needed, settled
+        unit = new.rise_error
+        extent = new.highest - new.lowest
+        stands = mean - new.lowest > level * extent
+        falls = new.rise < -torch.where(converged, self.enter, self.leave) * unit
+        # Once converged it has moved: only its level and a fall end that.
+        moved = converged | (extent > self.moved * unit)
+        return new.rise > rise_needed * unit, stands & ~falls & moved
