@@ -16,7 +16,7 @@ TABLE  := runs/table
 # them takes 15 % of an update. Other systems ignore the names.
 KEEP   := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296
 
-.PHONY: demo demo-table test test-slow test-gpu $(OTHERS:%=test-%) lint bench bench-gpu clean
+.PHONY: demo demo-table test test-slow gpu test-gpu $(OTHERS:%=test-%) lint bench bench-gpu clean
 
 demo: $(STAMP)
 	$(KEEP) $(BIN)/python -m examples.lm_rlhf.train --seed $(SEED) $(if $(STEPS),--steps $(STEPS)) --output $(OUTPUT)
@@ -36,7 +36,13 @@ test: $(STAMP) lint
 test-slow: $(STAMP) $(OTHERS:%=test-%)
 	$(BIN)/python -m pytest -m slow tests
 
-test-gpu: $(STAMP)
+# With what torch's build for GPUs needs, which --no-deps has left out. For `make bench-gpu` triton must
+# be torch's own, not the one that the peers import on a CPU.
+gpu: $(STAMP)
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'no GPU, or torch is built without'"
+
+test-gpu: gpu
 	$(BIN)/python -m pytest tests/gpu
 
 $(OTHERS:%=test-%): test-%: .venv-%/.installed
@@ -54,7 +60,9 @@ bench: .venv-bench/.installed $(BENCHES:%=runs/bench/%.json)
 
 # On a GPU: every part that has no results yet.
 GPU_BENCHES := kernels gae laws head sampling step
-bench-gpu: .venv-bench/.installed $(GPU_BENCHES:%=runs/bench/gpu_%.json)
+bench-gpu: gpu .venv-bench/.installed
+	.venv-bench/bin/pip uninstall --quiet --yes triton
+	$(MAKE) $(GPU_BENCHES:%=runs/bench/gpu_%.json)
 	.venv-bench/bin/python -m tests.benchmarks.page runs/bench docs/benchmarks.md
 
 runs/bench/gpu_%.json: | .venv-bench/.installed

@@ -15,7 +15,7 @@ from safe_ops.compilation import compiled_body
 
 class Room(NamedTuple):
     """How much is worked on at a time. Constants, so that a token's sums are always taken in the
-    same order, whatever the number of tokens."""
+    same order, whatever the number of tokens (by ``_linear_kernels`` they are not)."""
 
     block_size: int
     """Entries of the vocabulary in a block."""
@@ -24,7 +24,7 @@ class Room(NamedTuple):
     kept_bytes: int
     """Of the logits of one chunk of tokens that ``linear_loss`` keeps."""
     row_gap: int
-    """Entries between the rows of a tile, where they are a power of two apart."""
+    """Entries between the rows of a tile, where without it 1024 would divide their distance."""
 
 
 CPU_ROOM = Room(block_size=4096, tile_bytes=2**24, kept_bytes=48 * 2**20, row_gap=64)

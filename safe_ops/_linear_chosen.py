@@ -68,10 +68,10 @@ def block_slopes(
     ``entries``: that part of the weight. ``kept``: the tile holds the logits.
     """
     if has_fused(states, entries):
-        from safe_ops._linear_kernels import slopes
+        from safe_ops._linear_kernels import write_slopes
 
         z = tile.room_for(states, entries, states.dtype)
-        slopes(states, entries, bias, tokens, part.start, scale, rows, z)
+        write_slopes(states, entries, bias, tokens, part.start, scale, rows, z)
         return z
     if kept:
         z = tile.room_for(states, entries, tile.logits_dtype)
@@ -112,7 +112,7 @@ def finish(sums: Sequence[Tensor], chosen_logit: Tensor) -> tuple[Tensor, Tensor
     return chosen_logit - highest - log_total, log_total - weighted / total, highest, log_total
 
 
-def slopes(
+def coefficients(
     log_prob: Tensor, entropy: Tensor, g: Tensor, g_entropy: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Derivative by a logit: p (constant + slope log p), and its value at the chosen token.

@@ -63,13 +63,17 @@ def _has_triton() -> bool:
 
 
 def has_kernels(x: Tensor) -> bool:
-    """Whether the ops' Triton kernels can run where a tensor is.
+    """Whether the ops' Triton kernels run where a tensor is: on a GPU of NVIDIA.
+
+    They are compiled as inductor's are, so only where that is the backend: none with another one,
+    or with ``set_compile_backend(None)``.
 
     Example:
         >>> has_kernels(torch.ones(1))
         False
     """
-    return x.is_cuda and _has_triton()
+    on_gpu = x.is_cuda and torch.version.cuda is not None
+    return on_gpu and _has_triton() and compile_backend() == "inductor"
 
 
 def compile_backend() -> str | None:

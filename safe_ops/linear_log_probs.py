@@ -155,7 +155,7 @@ def _backward(
         log_prob, entropy, highest, log_total, g, g_entropy = (
             chunk.take(x, dtype) for x in (*results, grad_log_prob, grad_entropy)
         )
-        made = chosen.slopes(log_prob, entropy, g, g_entropy, scale)
+        made = chosen.coefficients(log_prob, entropy, g, g_entropy, scale)
         rows = chosen.RowSlopes(highest, log_total, *made)
         d_states = torch.zeros(states.shape, dtype=dtype, device=hidden.device)
         for part in blocks.vocabulary_blocks(weight, block_size):

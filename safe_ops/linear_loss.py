@@ -150,7 +150,7 @@ def _work_on_chunk(
     value, g, g_entropy = _slopes_of(token_loss, log_prob, entropy, chunk)
     if not any(needed):
         return value
-    made = chosen.slopes(log_prob, entropy, g, g_entropy, scale)
+    made = chosen.coefficients(log_prob, entropy, g, g_entropy, scale)
     rows = chosen.RowSlopes(highest, log_total, *made)
     d_states = torch.zeros_like(states, dtype=scale.dtype)
     used: blocks.Tile | None = None
@@ -175,7 +175,8 @@ class _LogitStore:
     The first chunk has up to H rows: a block of its logits fits where the block before it of the
     weight's gradient will be, and is used up before that one is written: gradients are written
     from the last block to the first. The first block lies in a tile. Other chunks have tiles
-    of 48 MiB together, and one more that the blocks share for which these do not suffice.
+    of ``kept_bytes`` together, and one more that the blocks share for which these do not suffice;
+    where kernels make slopes without logits, that one alone, for the slopes.
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, d_weight: Tensor, block_size: int) -> None:
@@ -188,7 +189,6 @@ class _LogitStore:
         row_bytes = self._tile(0).logits_dtype.itemsize * weight.shape[0]
         self.rows = max(blocks.whole_tiles(self._kept_bytes // row_bytes), FEWEST_ROWS)
         if chosen.has_fused(hidden, weight):
-            # Nothing is kept.
             self._kept_bytes, self.rows = 0, blocks.tile_rows(hidden, block_size)
         block = min(block_size, weight.shape[0])
         fitting = weight.shape[1] * block // blocks.row_stride(block, hidden.device)
@@ -215,8 +215,7 @@ class _LogitStore:
 
     def _apart(self, rows: int) -> list[blocks.Tile]:
         one = self._tile(rows)
-        kept = max(self._kept_bytes // one.nbytes, 1)
-        tiles = [self._tile(rows) for _ in self._parts[:kept]]
+        tiles = [self._tile(rows) for _ in self._parts[: self._kept_bytes // one.nbytes]]
         return tiles + [one] * (len(self._parts) - len(tiles))
 
     def write_gradient(self, part: slice, z: Tensor, states: Tensor) -> None:

@@ -19,7 +19,9 @@ from examples.lm_rlhf.config import CONFIGS, Config
 
 GIB = 2**30
 TILE_BYTES = 16 * 2**20
-"""Of logits that ``safe_ops.linear_log_probs`` works on at a time."""
+"""Of logits that ``safe_ops.linear_log_probs`` works on at a time on a CPU."""
+GPU_TILE = 8192, 16_384
+"""Rows and entries of the vocabulary on a GPU, at most; in half precision their slopes are held."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -223,6 +225,8 @@ def memory(
     trained = adapters + critic
     length = prompt_width + config.max_new_tokens
     rows, batch = config.minibatch_size // ranks, config.batch_size // ranks
+    tokens = rows * config.max_new_tokens
+    tile = min(tokens, GPU_TILE[0]) * GPU_TILE[1] * d if gpus else TILE_BYTES
     # A gathered layer in both precisions, twice; embedding and head stay gathered.
     gathered = 2 * (d * sizes.layer_parameters + 4 * adapters // sizes.layers)
     gathered += d * sizes.embedding_parameters
@@ -249,7 +253,7 @@ def memory(
     forward = {
         "activations": activation_bytes(sizes, config, rows=rows, length=length),
         # Hidden states and their gradient in float32, and a tile of logits.
-        "head": rows * config.max_new_tokens * sizes.hidden * (d + 4) + TILE_BYTES,
+        "head": tokens * sizes.hidden * (d + 4) + tile,
     }
     step = {
         "gradients": 4 * trained // over,

@@ -186,7 +186,7 @@ def measurement(name: str, value: float | Tensor, *, like: Tensor) -> Tensor:
         raise TypeError(f"{name} must be a float or a 0-d tensor, got {type(value).__name__}")
     # By way of float64: what float32 cannot hold becomes infinite instead of raising. Written on
     # the device: a copy from the host would be waited for.
-    return torch.full((), value, dtype=torch.float64, device=like.device).to(torch.float32)
+    return torch.full((), float(value), dtype=torch.float64, device=like.device).to(torch.float32)
 
 
 def settle(state: StateT, new: StateT, *measurements: Tensor) -> StateT:

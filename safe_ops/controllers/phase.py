@@ -181,8 +181,8 @@ class Phase:
         climbs, settled = self._signs(new, mean, variances[0])
 
         def chosen(climbing: float, converged: float, plateau: float, held: Tensor) -> Tensor:
-            wanted = torch.where(climbs, climbing, torch.where(settled, converged, plateau))
-            return torch.where(may_leave, wanted.to(held.dtype), held)
+            other = torch.where(settled, converged, held.new_full((), plateau))
+            return torch.where(may_leave, torch.where(climbs, climbing, other), held)
 
         phase = chosen(CLIMBING, CONVERGED, PLATEAU, state.phase)
         factor = chosen(*self.factors[1:], state.factor)
@@ -192,15 +192,17 @@ class Phase:
     def _signs(self, new: PhaseState, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
         """Whether the reward climbs, and has settled; ``new.phase`` is still the old one."""
         climbing, converged = new.phase == CLIMBING, new.phase == CONVERGED
-        level = torch.where(converged, self.level_leave, self.level_enter)
-        rise_needed = torch.where(climbing, self.leave, self.enter)
+        # As tensors like the mean: of two floats torch.where makes one of the default dtype.
+        enter, level_enter = (mean.new_full((), x) for x in (self.enter, self.level_enter))
+        level = torch.where(converged, self.level_leave, level_enter)
+        rise_needed = torch.where(climbing, self.leave, enter)
         if not self.relative:
             settled = (mean > level) & (variance < self.spread_limit**2)
             return new.rise > rise_needed, settled
         unit = new.rise_error
         extent = new.highest - new.lowest
         stands = mean - new.lowest > level * extent
-        falls = new.rise < -torch.where(converged, self.enter, self.leave) * unit
+        falls = new.rise < -torch.where(converged, enter, self.leave) * unit
         # Once converged it has moved: only its level and a fall end that.
         moved = converged | (extent > self.moved * unit)
         return new.rise > rise_needed * unit, stands & ~falls & moved

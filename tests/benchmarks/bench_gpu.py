@@ -106,7 +106,7 @@ def launch_seconds(shape: str) -> dict[tuple[str, Launch | None], float]:
 
     def slopes(launch: Launch) -> None:
         _linear_kernels.SLOPES = launch
-        _linear_kernels.slopes(hidden, some, None, problem.tokens, 0, one, 5 * (row,), out)
+        _linear_kernels.write_slopes(hidden, some, None, problem.tokens, 0, one, 5 * (row,), out)
 
     calls: dict[tuple[str, Launch | None], Callable[[], object]] = {
         ("sums", None): lambda: hidden @ weight.t(),
