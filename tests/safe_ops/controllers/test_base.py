@@ -68,6 +68,12 @@ def test_an_overflow_of_finite_measurements_is_refused():
     assert (int(after.step), int(after.non_finite)) == (1, 1)
 
 
+def test_a_number_that_float32_cannot_hold_is_refused_and_counted():
+    for large in (1e300, 10**300):
+        assert EMA().update(EMA().init(), value=large).non_finite == 1
+    assert EMA().update(EMA().init(), value=2**70).value == 2.0**70
+
+
 def test_needs_torch_alone():
     code = (
         "import sys, safe_ops.controllers; "

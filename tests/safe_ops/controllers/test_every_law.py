@@ -52,7 +52,10 @@ any_float = st.floats(width=32)
 def stream(names, length, offset=0):
     """Deterministic, lively measurements: a wave per name."""
     return [
-        {name: torch.tensor(0.6 + 0.5 * math.sin(0.9 * t + i)) for i, name in enumerate(names)}
+        {
+            name: torch.tensor(0.6 + 0.5 * math.sin(0.9 * t + i), dtype=torch.float32)
+            for i, name in enumerate(names)
+        }
         for t in range(offset, offset + length)
     ]
 
@@ -101,13 +104,16 @@ def test_state_shapes_and_dtypes_are_fixed(law, names):
 
 
 @every_law
-def test_state_is_float32_under_another_default_dtype(law, names):
-    torch.set_default_dtype(torch.float64)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_changes_nothing(law, names, dtype):
+    expected = run(law, stream(names, 30))
+    torch.set_default_dtype(dtype)
     try:
-        state = run(law, [dict.fromkeys(names, 0.7)] * 6)
+        found = run(law, [{k: float(v) for k, v in m.items()} for m in stream(names, 30)])
     finally:
         torch.set_default_dtype(torch.float32)
-    assert {leaf.dtype for leaf in flatten_state(state).values()} == {torch.float32, torch.int64}
+    assert_same(found, expected)
+    assert {leaf.dtype for leaf in flatten_state(found).values()} == {torch.float32, torch.int64}
 
 
 @every_law
