@@ -60,6 +60,9 @@ def main() -> None:
     """Run everything and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3])
+    parser.add_argument(
+        "--algorithms", nargs="+", choices=example.TRAINERS, default=list(example.TRAINERS)
+    )
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     rows = []
@@ -67,7 +70,7 @@ def main() -> None:
         folder = Path(name)
         save_language_model(folder / "model")
         (folder / "prompts.txt").write_text("\n".join(TEXT * 4))
-        for algorithm in example.TRAINERS:
+        for algorithm in given.algorithms:
             found = [
                 [mean_kl(folder, algorithm, gain, seed) for seed in given.seeds] for gain in GAINS
             ]
