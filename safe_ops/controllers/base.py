@@ -1,13 +1,16 @@
 """What a control law is, and the module that keeps its state."""
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 StateT = TypeVar("StateT", bound=tuple)
+SelectedT = TypeVar("SelectedT")
 StateT_co = TypeVar("StateT_co", bound=tuple, covariant=True)
 
 
@@ -18,7 +21,7 @@ class ControlLaw(Protocol[StateT_co]):
 
     ``update`` is pure and reads its measurements (floats or 0-d tensors, already reduced over
     tokens and ranks) by keyword. The state is a NamedTuple, possibly nested: float32 tensors, 0-d
-    but for ring buffers [W], and int64 counts. ``step`` counts the updates taken in, ``non_finite``
+    but for histories [W], and int64 counts. ``step`` counts the updates taken in, ``non_finite``
     those refused: a measurement that is NaN or infinite holds the state.
 
     Example:
@@ -209,11 +212,11 @@ def settle(state: StateT, new: StateT, *measurements: Tensor) -> StateT:
         >>> law.update(law.init(), value=float("nan")).non_finite
         tensor(1)
     """
-    accepted = all_finite(*measurements, *flatten_state(new).values())
-    return take(state, new, accepted=accepted, refused=~accepted)
+    accepted = known(all_finite(*measurements, *flatten_state(new).values()))
+    return take(state, new, accepted=accepted, refused=negated(accepted))
 
 
-def take(state: StateT, new: StateT, *, accepted: Tensor, refused: Tensor) -> StateT:
+def take(state: StateT, new: StateT, *, accepted: bool | Tensor, refused: bool | Tensor) -> StateT:
     """The new state where ``accepted``, else the old one; both are counted.
 
     For a law that holds laws: it calls their ``propose`` and decides once for all of them. With
@@ -222,23 +225,32 @@ def take(state: StateT, new: StateT, *, accepted: Tensor, refused: Tensor) -> St
     Args:
         state: Before the update; has ``step`` and ``non_finite``.
         new: What the law proposes; its ``step`` and ``non_finite`` are ignored.
-        accepted: 0-d, bool.
-        refused: 0-d, bool: a measurement was not finite.
+        accepted: As ``known`` gives it.
+        refused: Likewise: a measurement was not finite.
 
     Example:
         >>> from safe_ops.controllers import EMA
-        >>> law, yes = EMA(), torch.tensor(True)
+        >>> law = EMA()
         >>> state = law.init()
-        >>> take(state, law.propose(state, torch.tensor(3.0)), accepted=yes, refused=~yes).value
+        >>> new = law.propose(state, torch.tensor(3.0))
+        >>> take(state, new, accepted=True, refused=False).value
         tensor(3.)
     """
     before = cast(Any, state)
-    parts = {
-        name: torch.where(accepted, a, b) if isinstance(a, Tensor) else select_state(accepted, a, b)
-        for name, a, b in zip(_fields(new), new, state, strict=True)
-        if name not in ("step", "non_finite")
-    }
-    return type(state)(**parts, step=before.step + accepted, non_finite=before.non_finite + refused)
+    held = cast(Any, select(accepted, new, state))
+    return held._replace(
+        step=counted(before.step, accepted), non_finite=counted(before.non_finite, refused)
+    )
+
+
+def counted(count: Tensor, condition: bool | Tensor) -> Tensor:
+    """One more where the condition is met.
+
+    Example:
+        >>> counted(torch.tensor(3), True)
+        tensor(4)
+    """
+    return count if condition is False else count + condition
 
 
 def all_finite(*tensors: Tensor) -> Tensor:
@@ -254,20 +266,81 @@ def all_finite(*tensors: Tensor) -> Tensor:
     return torch.cat(floats).isfinite().all()
 
 
-def select_state(condition: Tensor, chosen: StateT, other: StateT) -> StateT:
-    """``torch.where`` over two states of one law.
+def known(x: Tensor) -> Any:
+    """The number in a 0-d tensor where Python may have it for nothing, else the tensor itself.
+
+    On a CPU a number is read faster than one operation is made with it, so that what depends on it
+    is decided there. It stays a tensor on a GPU, which would be waited for, in a graph of
+    torch.compile, which would break, and under vmap, where it is many. What follows is written for
+    both: compared with ``==`` and ``<``, joined with ``&``, handed to ``negated`` and ``select``.
+
+    Example:
+        >>> known(torch.tensor(3) > 2)
+        True
+    """
+    if (
+        torch.compiler.is_compiling()
+        or x.device.type != "cpu"
+        or type(x) is not Tensor
+        or is_functorch_wrapped_tensor(x)
+    ):
+        return x
+    return x.item()
+
+
+def negated(condition: bool | Tensor) -> Any:
+    """``not``, of what ``known`` gives.
+
+    Example:
+        >>> negated(True), negated(torch.tensor(True))
+        (False, tensor(False))
+    """
+    return ~condition if isinstance(condition, Tensor) else not condition
+
+
+def select(condition: bool | Tensor, chosen: SelectedT, other: SelectedT) -> SelectedT:
+    """``torch.where`` over two tensors, two numbers, or two states of one law.
+
+    A condition that is known returns one of the two as it is.
 
     Example:
         >>> from safe_ops.controllers import EMA
         >>> state = EMA().init()
-        >>> select_state(torch.tensor(True), state._replace(value=torch.tensor(3.0)), state).value
-        tensor(3.)
+        >>> other = state._replace(value=torch.tensor(3.0))
+        >>> select(True, other, state).value, select(torch.tensor(True), other, state).value
+        (tensor(3.), tensor(3.))
     """
-    parts = [
-        torch.where(condition, a, b) if isinstance(a, Tensor) else select_state(condition, a, b)
-        for a, b in zip(chosen, other, strict=True)
-    ]
-    return type(chosen)(*parts)
+    if not isinstance(condition, Tensor):
+        return chosen if condition else other
+    if isinstance(chosen, tuple):
+        parts = [select(condition, a, b) for a, b in zip(chosen, cast(Any, other), strict=True)]
+        return type(chosen)(*parts)
+    if isinstance(chosen, float) and isinstance(other, float):
+        # Of two floats torch.where makes one of the default dtype.
+        chosen = cast(Any, torch.full((), chosen, dtype=torch.float32, device=condition.device))
+    return cast(Any, torch.where(condition, cast(Any, chosen), cast(Any, other)))
+
+
+def clamped(x: Any, lower: float, upper: float) -> Any:
+    """``x``, a tensor or what ``known`` gives, within limits; infinite ones cost no operation.
+
+    Example:
+        >>> clamped(torch.tensor(3.0), -math.inf, 2.0), clamped(3, 1, 2)
+        (tensor(2.), 2)
+    """
+    if lower == -math.inf and upper == math.inf:
+        return x
+    return x.clamp(lower, upper) if isinstance(x, Tensor) else min(max(x, lower), upper)
+
+
+def as_tensor(x: Any, *, like: Tensor) -> Tensor:
+    """What ``known`` gave, as a tensor of the state again.
+
+    Example:
+        >>> as_tensor(2, like=torch.tensor(0.5))
+        tensor(2.)
+    """
+    return x.to(like.dtype) if isinstance(x, Tensor) else like.new_full((), x)
 
 
 def zero() -> Tensor:

@@ -14,7 +14,7 @@ class EMAState(NamedTuple):
     value: Tensor
     """The average; 0 before the first update."""
     weight: Tensor
-    """1 - decay^step, summed up: how much of a full average has been seen."""
+    """Effective number of values seen, 1 / (1 - decay) in the end."""
     step: Tensor
     non_finite: Tensor
 
@@ -23,8 +23,8 @@ class EMAState(NamedTuple):
 class EMA:
     """Smooths a measurement; exact from its first one.
 
-        w_t = d w_{t-1} + (1 - d)                        (= 1 - d^t)
-        v_t = v_{t-1} + (1 - d)/w_t (x_t - v_{t-1})      (= bias-corrected average)
+        w_t = d w_{t-1} + 1                       (= (1 - d^t) / (1 - d))
+        v_t = v_{t-1} + (x_t - v_{t-1}) / w_t     (= bias-corrected average)
 
     v_1 = x_1; a constant stays itself; v lies between the least and the largest x so far. Its lag
     behind a ramp is d/(1 - d) updates.
@@ -62,6 +62,6 @@ class EMA:
 
     def propose(self, state: EMAState, value: Tensor) -> EMAState:
         """``update`` without the refusal: for a law that holds this one and refuses for it."""
-        weight = self.decay * state.weight + (1 - self.decay)
-        mean = state.value + (1 - self.decay) / weight * (value - state.value)
+        weight = self.decay * state.weight + 1
+        mean = state.value.addcdiv(value - state.value, weight)
         return state._replace(value=mean, weight=weight)

@@ -2,13 +2,18 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from safe_ops.controllers.base import (
+    clamped,
+    counted,
+    known,
     measurement,
+    negated,
+    select,
     take,
     zero,
     zero_count,
@@ -277,11 +282,13 @@ class EntropyGatedKL:
         new, good_entropy = self._update_gate(new, entropy)
         new, good_kl = self._update_penalty(new, kl)
         good = good_reward & good_entropy & good_kl
-        return new._replace(step=state.step + good, non_finite=state.non_finite + ~good)
+        return new._replace(
+            step=counted(state.step, good), non_finite=counted(state.non_finite, negated(good))
+        )
 
     def _update_threshold(
         self, state: EntropyGatedKLState, reward: Tensor
-    ) -> tuple[EntropyGatedKLState, Tensor]:
+    ) -> tuple[EntropyGatedKLState, bool | Tensor]:
         """The state with a new threshold, and whether the reward could be used."""
         filtered = self.reward_filter.propose(state.reward_filter, reward)
         deviation = self.reward_deviation.propose(
@@ -290,8 +297,8 @@ class EntropyGatedKL:
         slope = self.velocity.propose(state.velocity, filtered.value)
         velocity = slope.momentum
         if self.normalize_reward:
-            scale = deviation.value
-            velocity = torch.where(scale > 0, velocity / scale, 0.0)
+            # Where the reward has never deviated, its velocity is 0.
+            velocity = velocity / deviation.value.clamp(min=TINY)
         phases = self.phases.propose(state.phases, reward)
 
         limit = self.pid_authority * (self.threshold_upper - self.threshold_lower)
@@ -301,16 +308,16 @@ class EntropyGatedKL:
         pid = self.pid.propose(
             state.pid,
             -velocity,
-            setpoint=torch.full_like(velocity, -self.target_velocity),
-            lower=(slowest / phases.factor - self.threshold).clamp(min=-limit),
-            upper=(fastest / phases.factor - self.threshold).clamp(max=limit),
+            setpoint=-self.target_velocity,
+            lower=clamped(slowest / phases.factor - self.threshold, -limit, math.inf),
+            upper=clamped(fastest / phases.factor - self.threshold, -math.inf, limit),
         )
 
         good = _usable(reward, filtered, deviation, slope, phases, pid)
-        refused = ~good
+        refused = negated(good)
         # The first reward has nothing to deviate from.
-        deviates = state.reward_filter.step > 0
-        active = good if self.pid_in_warm_up else good & (phases.phase != WARM_UP)
+        deviates = known(state.reward_filter.step) > 0
+        active = good if self.pid_in_warm_up else good & (known(phases.phase) != WARM_UP)
         filtered = take(state.reward_filter, filtered, accepted=good, refused=refused)
         deviation = take(
             state.reward_deviation, deviation, accepted=good & deviates, refused=refused
@@ -319,12 +326,12 @@ class EntropyGatedKL:
         phases = take(state.phases, phases, accepted=good, refused=refused)
         pid = take(state.pid, pid, accepted=active, refused=refused)
 
-        shift = pid.output.clamp(-limit, limit)
+        shift = clamped(pid.output, -limit, limit)
         threshold = ((self.threshold + shift) * phases.factor).clamp(slowest, fastest)
         return state._replace(
-            kl_threshold=torch.where(good, threshold, state.kl_threshold),
+            kl_threshold=select(good, threshold, state.kl_threshold),
             threshold_shift=shift,
-            reward_velocity=torch.where(good, velocity, state.reward_velocity),
+            reward_velocity=select(good, velocity, state.reward_velocity),
             phase=phases.phase,
             reward_filter=filtered,
             reward_deviation=deviation,
@@ -335,7 +342,7 @@ class EntropyGatedKL:
 
     def _update_gate(
         self, state: EntropyGatedKLState, entropy: Tensor
-    ) -> tuple[EntropyGatedKLState, Tensor]:
+    ) -> tuple[EntropyGatedKLState, bool | Tensor]:
         """The state with a new gate, and whether the entropy could be used."""
         gate = entropy_gate(
             # An estimate may be below 0 by rounding; the quotient must not change sign.
@@ -347,11 +354,11 @@ class EntropyGatedKL:
             eps=self.entropy_eps,
         )
         good = _usable(entropy)
-        return state._replace(entropy_gate=torch.where(good, gate, state.entropy_gate)), good
+        return state._replace(entropy_gate=select(good, gate, state.entropy_gate)), good
 
     def _update_penalty(
         self, state: EntropyGatedKLState, kl: Tensor
-    ) -> tuple[EntropyGatedKLState, Tensor]:
+    ) -> tuple[EntropyGatedKLState, bool | Tensor]:
         """The state with a new penalty, and whether the KL could be used."""
         filtered = self.kl_filter.propose(state.kl_filter, kl)
         momentum = self.momentum.propose(state.momentum, filtered.value)
@@ -371,7 +378,7 @@ class EntropyGatedKL:
                 upper=infinite,
             )
         good = _usable(kl, filtered, long, momentum, integral)
-        refused = ~good
+        refused = negated(good)
         filtered = take(state.kl_filter, filtered, accepted=good, refused=refused)
         momentum = take(state.momentum, momentum, accepted=good, refused=refused)
         kl, rate, trend = filtered.value, momentum.momentum, state.kl_trend
@@ -411,6 +418,8 @@ class EntropyGatedKL:
         ), good
 
 
+TINY = 1e-30
+
 LIMIT = 1e9
 """Magnitude beyond which a number counts as not finite: then no product of two overflows."""
 
@@ -420,11 +429,13 @@ def _lag(law: EMA) -> float:
     return law.decay / (1 - law.decay)
 
 
-def _usable(measured: Tensor, *parts: tuple) -> Tensor:
+def _usable(measured: Tensor, *parts: tuple) -> Any:
     """Whether a measurement and all numbers that its laws propose are within LIMIT; NaN is not."""
     if parts:
         numbers = [
             leaf for part in parts for leaf in part if leaf.ndim == 0 and leaf.is_floating_point()
         ]
-        measured = torch.stack([measured, *numbers])
-    return (measured.abs() <= LIMIT).all()
+        measured = torch.stack([measured, *numbers]).abs().amax()
+    else:
+        measured = measured.abs()
+    return known(measured <= LIMIT)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from safe_ops.controllers.base import measurement, settle, zero, zero_count
+from safe_ops.controllers.base import known, measurement, select, settle, zero, zero_count
 
 
 class MomentumState(NamedTuple):
@@ -16,7 +16,7 @@ class MomentumState(NamedTuple):
     past: Tensor
     """x_{t-w}, or x_1 while the window is not full."""
     history: Tensor
-    """[W], ring buffer of the last values."""
+    """[W], the last values, the newest first."""
     step: Tensor
     non_finite: Tensor
 
@@ -71,12 +71,11 @@ class Momentum:
 
     def propose(self, state: MomentumState, value: Tensor) -> MomentumState:
         """``update`` without the refusal: for a law that holds this one and refuses for it."""
-        slot = (state.step % self.window).view(1)
-        history = torch.where(state.step == 0, value, state.history)
-        # Not history[slot]: indexing with a 0-d tensor waits for the device.
-        past = history.index_select(0, slot).squeeze(0)
+        full = value.expand(self.window)
+        history = select(known(state.step) == 0, full, state.history)
+        past = history[-1]
         return state._replace(
             momentum=(value - past) / self.window,
             past=past,
-            history=history.index_copy(0, slot, value.view(1)),
+            history=torch.cat((full[:1], history[:-1])),
         )

@@ -2,12 +2,21 @@
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from safe_ops.controllers.base import measurement, settle, zero, zero_count
+from safe_ops.controllers.base import (
+    as_tensor,
+    clamped,
+    known,
+    measurement,
+    select,
+    settle,
+    zero,
+    zero_count,
+)
 
 PHASE_NAMES = ("warm_up", "climbing", "converged", "plateau")
 """Names of the int64 phase."""
@@ -150,59 +159,59 @@ class Phase:
 
     def propose(self, state: PhaseState, reward: Tensor) -> PhaseState:
         """``update`` without the refusal: for a law that holds this one and refuses for it."""
+        step, phase = known(state.step), known(state.phase)
         history = torch.cat((reward.view(1), state.history[:-1]))
+        length = clamped((step + 1) // 2, 1, self.window)
         age = torch.arange(2 * self.window, device=reward.device)
-        length = ((state.step + 1) // 2).clamp(1, self.window)
         # Row 0 marks the last window, row 1 the one before.
-        windows = age // length == torch.arange(2, device=reward.device).unsqueeze(1)
+        windows = age // length == age[:2].unsqueeze(1)
         means = (history * windows).sum(-1) / length
         squares = ((history - means.unsqueeze(1)) * windows).square().sum(-1)
-        variances = squares / (length - 1).clamp(min=1)
+        variances = squares / clamped(length - 1, 1, self.window)
         mean, mean_before = means.unbind()
-        ready = state.step >= 3
-        rise = (mean - mean_before) * ready
+        ready = step >= 3
         # What float32 cannot resolve is no rise.
-        rounding = 1e-6 * means.abs().sum()
-        error = torch.where(ready, (variances.sum() / length).sqrt() + rounding, state.rise_error)
+        error = (variances.sum() / length).sqrt().add(means.abs().sum(), alpha=1e-6)
         # Means of short windows are too noisy to be remembered.
-        short = state.step < 2 * self.window
+        short = step < 2 * self.window
         new = state._replace(
-            rise=rise,
-            rise_error=error,
-            lowest=torch.minimum(mean, torch.where(short, mean_before, state.lowest)),
-            highest=torch.maximum(mean, torch.where(short, mean_before, state.highest)),
+            rise=select(ready, mean - mean_before, state.rise),
+            rise_error=select(ready, error, state.rise_error),
+            lowest=torch.minimum(mean, select(short, mean_before, state.lowest)),
+            highest=torch.maximum(mean, select(short, mean_before, state.highest)),
             history=history,
         )
 
         # The phase does not end before the warm-up is over, and no phase leads back to it.
-        may_leave = torch.where(
-            state.phase == WARM_UP, state.step >= max(3, self.warm_up), state.dwelt >= self.dwell
+        dwelt = known(state.dwelt)
+        may_leave = select(phase == WARM_UP, step >= max(3, self.warm_up), dwelt >= self.dwell)
+        climbs, settled = self._signs(new, mean, variances, phase)
+
+        def chosen(climbing: float, converged: float, plateau: float, held: Any) -> Any:
+            other = select(settled, converged, plateau)
+            return select(may_leave, select(climbs, climbing, other), held)
+
+        new_phase = chosen(CLIMBING, CONVERGED, PLATEAU, phase)
+        return new._replace(
+            phase=as_tensor(new_phase, like=state.phase),
+            factor=as_tensor(chosen(*self.factors[1:], state.factor), like=state.factor),
+            dwelt=as_tensor(dwelt * (new_phase == phase) + 1, like=state.dwelt),
         )
-        climbs, settled = self._signs(new, mean, variances[0])
 
-        def chosen(climbing: float, converged: float, plateau: float, held: Tensor) -> Tensor:
-            other = torch.where(settled, converged, held.new_full((), plateau))
-            return torch.where(may_leave, torch.where(climbs, climbing, other), held)
-
-        phase = chosen(CLIMBING, CONVERGED, PLATEAU, state.phase)
-        factor = chosen(*self.factors[1:], state.factor)
-        dwelt = state.dwelt * (phase == state.phase) + 1
-        return new._replace(phase=phase, factor=factor, dwelt=dwelt)
-
-    def _signs(self, new: PhaseState, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-        """Whether the reward climbs, and has settled; ``new.phase`` is still the old one."""
-        climbing, converged = new.phase == CLIMBING, new.phase == CONVERGED
-        # As tensors like the mean: of two floats torch.where makes one of the default dtype.
-        enter, level_enter = (mean.new_full((), x) for x in (self.enter, self.level_enter))
-        level = torch.where(converged, self.level_leave, level_enter)
-        rise_needed = torch.where(climbing, self.leave, enter)
+    def _signs(
+        self, new: PhaseState, mean: Tensor, variances: Tensor, phase: int | Tensor
+    ) -> tuple[bool | Tensor, bool | Tensor]:
+        """Whether the reward climbs, and has settled."""
+        climbing, converged = phase == CLIMBING, phase == CONVERGED
+        level = select(converged, self.level_leave, self.level_enter)
+        rise_needed = select(climbing, self.leave, self.enter)
         if not self.relative:
-            settled = (mean > level) & (variance < self.spread_limit**2)
-            return new.rise > rise_needed, settled
+            settled = known(mean > level) & known(variances[0] < self.spread_limit**2)
+            return known(new.rise > rise_needed), settled
         unit = new.rise_error
         extent = new.highest - new.lowest
-        stands = mean - new.lowest > level * extent
-        falls = new.rise < -torch.where(converged, enter, self.leave) * unit
+        stands = mean - new.lowest > extent * level
+        falls = new.rise < unit * select(converged, -self.enter, -self.leave)
         # Once converged it has moved: only its level and a fall end that.
-        moved = converged | (extent > self.moved * unit)
-        return new.rise > rise_needed * unit, stands & ~falls & moved
+        moved = known(extent > unit * self.moved) | converged
+        return known(new.rise > unit * rise_needed), known(stands & ~falls) & moved

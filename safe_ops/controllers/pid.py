@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from safe_ops.controllers.base import clamped, known, select, settle, zero, zero_count
 from safe_ops.controllers.base import measurement as as_measurement
-from safe_ops.controllers.base import settle, zero, zero_count
 
 
 class PIDState(NamedTuple):
@@ -131,7 +131,7 @@ class PID:
         state: PIDState,
         measurement: Tensor,
         *,
-        setpoint: Tensor,
+        setpoint: float | Tensor,
         lower: Tensor,
         upper: Tensor,
     ) -> PIDState:
@@ -140,13 +140,14 @@ class PID:
         proportional = self.kp * error
         derivative, others = state.derivative, proportional
         if self.kd > 0:
-            change = torch.where(state.step == 0, 0.0, measurement - state.measurement)
+            change = measurement - select(known(state.step) == 0, measurement, state.measurement)
             derivative = (
                 self.derivative_decay * derivative - (1 - self.derivative_decay) * self.kd * change
             )
             others = proportional + derivative
-        integral = state.integral + self.ki * error
-        lower, upper = lower.clamp(min=self.lower), upper.clamp(max=self.upper)
+        integral = state.integral.add(error, alpha=self.ki)
+        lower = clamped(lower, self.lower, math.inf)
+        upper = clamped(upper, -math.inf, self.upper)
         limited = self.rate_limit < math.inf
         if limited:
             lower = torch.maximum(lower, state.output - self.rate_limit)
@@ -157,13 +158,12 @@ class PID:
                 torch.minimum(lower - others, state.integral),
                 torch.maximum(upper - others, state.integral),
             )
-        if self.integral_limit < math.inf:
-            integral = integral.clamp(-self.integral_limit, self.integral_limit)
+        integral = clamped(integral, -self.integral_limit, self.integral_limit)
         output = others + integral
         if limited:
             output = output.clamp(state.output - self.rate_limit, state.output + self.rate_limit)
         return state._replace(
-            output=output.clamp(self.lower, self.upper),
+            output=clamped(output, self.lower, self.upper),
             proportional=proportional,
             integral=integral,
             derivative=derivative,

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from safe_ops.controllers.base import measurement, select_state, settle, zero, zero_count
+from safe_ops.controllers.base import measurement, select, settle, zero, zero_count
 from safe_ops.controllers.ema import EMA, EMAState
 
 
@@ -204,12 +204,12 @@ class RewardCrash:
         mean = self.average.update(state.mean, value=reward)
         square = self.average.update(state.square, value=fall.square())
         # The first reward has nothing to deviate from.
-        square = select_state(state.step > 0, square, state.square)
+        square = select(state.step > 0, square, state.square)
         new = state._replace(
             alarm=alarm,
             score=score,
-            mean=select_state(held, state.mean, mean),
-            square=select_state(held, state.square, square),
+            mean=select(held, state.mean, mean),
+            square=select(held, state.square, square),
         )
         return settle(state, new, reward)
 
@@ -394,9 +394,7 @@ class LossExplosion:
         seen = torch.where(state.step >= self.warm_up, seen, 1.0)
         alarm = self.alarm.update(state.alarm, seen=seen)
         held = (alarm.beyond > 0) & (alarm.active == 0)
-        log_mean = select_state(
-            held, state.log_mean, self.average.update(state.log_mean, value=log_loss)
-        )
+        log_mean = select(held, state.log_mean, self.average.update(state.log_mean, value=log_loss))
         highest = torch.maximum(log_mean.value, state.log_highest)
         new = state._replace(
             alarm=alarm,

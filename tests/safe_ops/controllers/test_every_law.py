@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+import operator
 import pickle
 import resource
 
@@ -10,6 +11,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from torch.utils._pytree import tree_map
 
 from safe_ops.controllers import (
     EMA,
@@ -120,6 +122,39 @@ def test_the_default_dtype_changes_nothing(law, names, dtype):
 def test_floats_and_tensors_are_the_same(law, names):
     floats = [{k: float(v) for k, v in measured.items()} for measured in stream(names, 6)]
     assert_same(run(law, floats), run(law, stream(names, 6)))
+
+
+@every_law
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_at_once_under_vmap(law, names, dtype):
+    """Nothing is known there, as on a GPU and in a graph: whatever looks at a value fails."""
+    measured = [*stream(names, 20), dict.fromkeys(names, torch.tensor(math.nan))]
+    measured += [dict.fromkeys(names, torch.tensor(0.7))] * 15 + stream(names, 20)
+    expected = [run(law, measured[start:]) for start in (0, 1, 2)]
+    torch.set_default_dtype(dtype)
+    try:
+        states = [flatten_state(law.init()).values() for _ in expected]
+        stacked = iter([torch.stack(leaves) for leaves in zip(*states, strict=True)])
+        state = tree_map(lambda _: next(stacked), law.init())
+        step = torch.func.vmap(lambda state, measured: law.update(state, **measured))
+        longest = len(measured)
+        for t in range(longest):
+            # The shorter ones begin later: their first calls are refused.
+            now = {
+                name: torch.stack(
+                    [
+                        measured[t][name] if t >= start else torch.tensor(math.nan)
+                        for start in (0, 1, 2)
+                    ]
+                )
+                for name in names
+            }
+            state = step(state, now)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for index, one in enumerate(expected):
+        found = tree_map(operator.itemgetter(index), state)
+        assert_same(found, one, ignore=("non_finite",))
 
 
 @every_law
