@@ -36,7 +36,7 @@ from tests.benchmarks.measure import (
     interleaved_gpu_seconds,
     write_results,
 )
-from tests.benchmarks.stopwatch import gpu_clock
+from tests.benchmarks.stopwatch import Update, gpu_clock
 
 GIB = 2**30
 TOKENS = 8192
@@ -192,14 +192,18 @@ def step() -> list[Table]:
     )
     torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as folder:
-        updates = step_trainers.ours(
+        updates: list[Update] = []
+        step_trainers.ours(
             config,
             algorithm="safe",
             make_logits=False,
             updates=4,
             output=Path(folder) / "run",
+            tell=updates.append,
             clock=gpu_clock,
-        )[1:-1]  # the first warms up, the last writes a checkpoint
+        )
+    # The first warms up, the last writes a checkpoint.
+    updates = updates[1:-1]
     peak = torch.cuda.max_memory_allocated() / GIB
     reserved = torch.cuda.max_memory_reserved() / GIB
     sizes = read_sizes(read_architecture(config.model))

@@ -3,25 +3,26 @@
     make bench                                             # all, into docs/benchmarks.md
     .venv-bench/bin/python -m tests.benchmarks.bench_step
 
-CPU time of one thread. Every loop runs in fresh processes, in turn, and the medians are over all
-updates but the first two of each process. The tiny model is a Llama with 4 layers of 128 and 8192
-tokens, LoRA on all projections, and a reward model of its size; a batch is 16 x (24 + 24) tokens,
-two epochs of two minibatches. "demo" is SmolLM2-135M as `make demo` runs it; "logits" is SAFE with
-the head's logits made, as the loop was before it had `linear_log_probs`.
+CPU time of one thread. The loops run in processes of their own, fresh in every round, and take
+turns of one update; the medians are over all updates but the first two of each process. The tiny
+model is a Llama with 4 layers of 128 and 8192 tokens, LoRA on all projections, and a reward model
+of its size; a batch is 16 x (24 + 24) tokens, two epochs of two minibatches. "demo" is
+SmolLM2-135M as `make demo` runs it; "logits" is SAFE with the head's logits made, as the loop was
+before it had `linear_log_probs`.
 """
 
 import argparse
-import json
 import resource
 import statistics
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from tests.benchmarks import step_trainers as trainers
-from tests.benchmarks.measure import Table, json_of_fresh_process, write_results
+from tests.benchmarks.measure import Table, in_turns, write_results
 from tests.benchmarks.stopwatch import Update
 
 ON_TINY = ("SAFE", "PPO", "TRL")
@@ -42,26 +43,26 @@ WARM_UP = 2
 Found = dict[str, list[Update]]
 
 
-def run(trainer: str, model: str, updates: int) -> dict[str, object]:
-    """One process's part: updates of one loop, and the process's peak memory."""
+def run(model: str, updates: int, trainer: str, tell: Callable[[object], None]) -> float:
+    """One process's part: updates of one loop; returns the process's peak memory in GiB."""
     torch.set_flush_denormal(True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if model == "tiny":
             trainers.make_tiny_model(folder)
         if trainer == "TRL":
-            found = trainers.trl(folder, updates=updates, output=folder / "run")
+            trainers.trl(folder, updates=updates, output=folder / "run", tell=tell)
         else:
             config = trainers.tiny_config(folder) if model == "tiny" else trainers.demo_config()
-            found = trainers.ours(
+            trainers.ours(
                 config,
                 algorithm="ppo" if trainer == "PPO" else "safe",
                 make_logits=trainer == "logits",
                 updates=updates,
                 output=folder / "run",
+                tell=tell,
             )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {"updates": found[WARM_UP:], "peak": peak}
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def interleaved(
@@ -71,10 +72,10 @@ def interleaved(
     found: Found = {name: [] for name in names}
     peaks = dict.fromkeys(names, 0.0)
     for _ in range(rounds):
+        told, returned = in_turns(partial(run, model, updates), names, turns=updates)
         for name in names:
-            part = json_of_fresh_process(__spec__.name, "--run", name, model, str(updates))
-            found[name] += part["updates"]
-            peaks[name] = max(peaks[name], part["peak"])
+            found[name] += told[name][WARM_UP:]
+            peaks[name] = max(peaks[name], returned[name])
     return found, peaks
 
 
@@ -135,12 +136,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=22)
     parser.add_argument("--demo-updates", type=int, default=7)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--run", nargs=3, metavar=("LOOP", "MODEL", "UPDATES"))
     given = parser.parse_args()
-    if given.run:
-        loop, model, updates = given.run
-        print(json.dumps(run(loop, model, int(updates))))
-        return
     found, peaks = interleaved(ON_TINY, "tiny", updates=given.updates, rounds=given.rounds)
     tokens = trainers.ROWS * trainers.RESPONSE
     ours = {name: found[name] for name in ON_TINY if name != "TRL"}

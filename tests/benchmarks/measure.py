@@ -1,6 +1,7 @@
 """Interleaved timings of one thread, peak memory in a fresh process, tables of results."""
 
 import json
+import multiprocessing
 import os
 import platform
 import statistics
@@ -8,13 +9,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 Call = Callable[[], object]
+Job = Callable[[str, Callable[[object], None]], object]
 
 
 class Table(NamedTuple):
@@ -120,6 +123,47 @@ def json_of_fresh_process(module: str, *arguments: str) -> Any:
     command = [sys.executable, "-W", "ignore", "-m", module, *arguments]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(output.strip().splitlines()[-1])
+
+
+def in_turns(job: Job, names: Iterable[str], *, turns: int) -> tuple[dict[str, list[Any]], Any]:
+    """Fresh processes at work one at a time: a turn of each, and round again.
+
+    So a machine that slows down slows all of them. ``job(name, tell)`` calls ``tell(result)`` at
+    the end of every turn, which returns when it is its turn again.
+
+    Returns:
+        What each told, in order, and what each job returned.
+    """
+    context = multiprocessing.get_context("spawn")
+    ends: dict[str, Connection] = {}
+    processes = []
+    for name in names:
+        ends[name], theirs = context.Pipe()
+        processes.append(context.Process(target=_work, args=(job, name, theirs), daemon=True))
+        processes[-1].start()
+        # Else a process that dies leaves this one waiting.
+        theirs.close()
+    told: dict[str, list[Any]] = {name: [] for name in ends}
+    for _ in range(turns):
+        for name, end in ends.items():
+            end.send(None)
+            told[name].append(end.recv())
+    returned = {}
+    for name, end in ends.items():
+        end.send(None)
+        returned[name] = end.recv()
+    for process in processes:
+        process.join()
+    return told, returned
+
+
+def _work(job: Job, name: str, pipe: Connection) -> None:
+    def tell(result: object) -> None:
+        pipe.send(result)
+        pipe.recv()
+
+    pipe.recv()
+    pipe.send(job(name, tell))
 
 
 def circumstances() -> dict[str, str]:

@@ -133,11 +133,12 @@ def ours(
     make_logits: bool,
     updates: int,
     output: Path,
+    tell: Callable[[Update], object],
     clock: Callable[[], float] = time.thread_time,
-) -> list[Update]:
+) -> None:
     """The example's loop."""
     config = dataclasses.replace(config, algorithm=algorithm, steps=updates)
-    with Stopwatch(clock) as watch, ExitStack() as patches:
+    with Stopwatch(tell, clock) as watch, ExitStack() as patches:
         if make_logits:
             patches.enter_context(patch.object(causal_lm, "linear_log_probs", made_logits))
         for owner, name, stage in STAGES:
@@ -147,10 +148,9 @@ def ours(
         watch.mark(train, "gather_rollout", "trained", before=True)
         watch.update_ends(train, "timing_record")
         train.train(config, output, resume=False)
-    return watch.updates
 
 
-def trl(folder: Path, *, updates: int, output: Path) -> list[Update]:
+def trl(folder: Path, *, updates: int, output: Path, tell: Callable[[Update], object]) -> None:
     """TRL's PPOTrainer: its value model is a second language model, trained whole."""
     from datasets import Dataset
     from peft import LoraConfig
@@ -195,10 +195,9 @@ def trl(folder: Path, *, updates: int, output: Path) -> list[Update]:
             task_type="CAUSAL_LM",
         ),
     )
-    with Stopwatch() as watch:
+    with Stopwatch(tell) as watch:
         watch.mark(ppo, "batch_generation", "sampled")
         watch.mark(ppo, "masked_whiten", "scored")
         watch.mark(trainer, "log", "trained", before=True)
         watch.update_ends(trainer.callback_handler, "on_step_end")
         trainer.train()
-    return watch.updates

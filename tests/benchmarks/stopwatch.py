@@ -23,12 +23,17 @@ class Stopwatch:
     """CPU seconds of this thread, by stage and by update, while it is entered.
 
     A stage's time is its own: what a stage inside it takes is counted there alone. ``clock``:
-    another one, such as ``gpu_clock``.
+    another one, such as ``gpu_clock``. ``tell`` gets every update when it is over; the time that it
+    takes is no update's.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.thread_time) -> None:
+    def __init__(
+        self,
+        tell: Callable[[Update], object],
+        clock: Callable[[], float] = time.thread_time,
+    ) -> None:
+        self._tell = tell
         self._clock = clock
-        self.updates: list[Update] = []
         self._patches = ExitStack()
         self._stages = ["rest"]
         self._begin()
@@ -80,7 +85,7 @@ class Stopwatch:
         self._spend()
         self._update["whole"] = self._clock() - self._start
         self._update["wall"] = time.perf_counter() - self._wall
-        self.updates.append(dict(self._update))
+        self._tell(dict(self._update))
         self._begin()
 
     def _spend(self) -> None:
