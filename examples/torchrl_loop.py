@@ -211,8 +211,9 @@ def main(task: Task, description: str | None, argv: list[str] | None = None) -> 
     parser.add_argument("--loss", nargs="+", choices=LEARNERS, default=["safe"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--frames", type=int, default=task.frames)
+    parser.add_argument("--learning-rate", type=float, default=task.learning_rate)
     options = parser.parse_args(argv)
-    task = dataclasses.replace(task, frames=options.frames)
+    task = dataclasses.replace(task, frames=options.frames, learning_rate=options.learning_rate)
     for name in options.loss:
         solved, means = [], []
         for seed in options.seeds:

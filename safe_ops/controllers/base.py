@@ -184,7 +184,8 @@ def measurement(name: str, value: float | Tensor, *, like: Tensor) -> Tensor:
                 f"{name} must be one number, a float or a 0-d tensor, got shape "
                 f"{tuple(value.shape)}: reduce it over tokens and ranks first"
             )
-        return value.detach().to(device=like.device, dtype=torch.float32)
+        # A copy: a law may keep it, and the caller may write into his.
+        return value.detach().to(device=like.device, dtype=torch.float32, copy=True)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a float or a 0-d tensor, got {type(value).__name__}")
     # By way of float64: what float32 cannot hold becomes infinite instead of raising. Written on

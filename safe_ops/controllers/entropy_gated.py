@@ -125,8 +125,11 @@ class EntropyGatedKL:
         reward_deviation: Average of |reward - filtered reward|. Slower than the filter, so that the
             quotient stays bounded after a jump.
         velocity: Of the filtered reward. Paper: window 1, which is mostly noise.
-        pid: On the velocity, in nats per token; its integral stops where tau stops. Paper: moves
-            tau by about 0.03 at most, and winds up.
+        pid: On the velocity, in nats per token; its integral stops where tau stops, its rate limit
+            enables it without a bump. A reward that climbs evenly is ``1 / lag`` of its filter in
+            velocity, .05: kp = .5 then adds .03 at once and the integral as much in 100 updates. A
+            kp of 2 swings where the reward follows the KL (docs/stability.md). Paper: moves tau by
+            about 0.03 at most, and winds up.
         phases: Paper: absolute reward, no hysteresis.
 
     Raises:
@@ -165,7 +168,7 @@ class EntropyGatedKL:
     reward_filter: EMA = field(default_factory=lambda: EMA(decay=0.95))
     reward_deviation: EMA = field(default_factory=lambda: EMA(decay=0.99))
     velocity: Momentum = field(default_factory=lambda: Momentum(window=10))
-    pid: PID = field(default_factory=lambda: PID(kp=2.0, ki=0.02, kd=0.0))
+    pid: PID = field(default_factory=lambda: PID(kp=0.5, ki=0.005, rate_limit=0.02))
     phases: Phase = field(default_factory=Phase)
 
     def __post_init__(self) -> None:
@@ -198,6 +201,12 @@ class EntropyGatedKL:
             raise ValueError(
                 "gate_lower must not exceed gate_upper, "
                 f"got {self.gate_lower} and {self.gate_upper}"
+            )
+        offset = self.kl_integral
+        if not 0 <= offset.lower <= offset.upper < math.inf:
+            raise ValueError(
+                "kl_integral must have limits with 0 <= lower <= upper < inf, "
+                f"got {offset.lower} and {offset.upper}"
             )
         if not math.isfinite(self.target_velocity):
             raise ValueError(f"target_velocity must be finite, got {self.target_velocity}")
@@ -302,8 +311,10 @@ class EntropyGatedKL:
         phases = self.phases.propose(state.phases, reward)
 
         limit = self.pid_authority * (self.threshold_upper - self.threshold_lower)
-        slowest = (state.kl_threshold - self.threshold_rate).clamp(min=self.threshold_lower)
-        fastest = (state.kl_threshold + self.threshold_rate).clamp(max=self.threshold_upper)
+        down, up = (state.kl_threshold + x for x in (-self.threshold_rate, self.threshold_rate))
+        # The rate comes first: limits that were moved past the threshold are approached at it.
+        slowest = torch.minimum(down.clamp(min=self.threshold_lower), up)
+        fastest = torch.maximum(up.clamp(max=self.threshold_upper), down)
         # The final saturation as the PID sees it. Minus turns its sign: a fast reward widens tau.
         pid = self.pid.propose(
             state.pid,

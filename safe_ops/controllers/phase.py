@@ -67,7 +67,8 @@ class Phase:
     Args:
         warm_up: Updates; the phase begins with 4 rewards at the earliest.
         window: W, updates.
-        enter: Standard errors.
+        enter: Standard errors. The windows slide, so that a level reward offers many chances of a
+            false climb: with 3 the phase changes every few hundred updates.
         leave: Standard errors, at most ``enter``.
         moved: Standard errors that the window means must have spanned. Those of level noise span
             up to 5 in a long run.
@@ -96,7 +97,7 @@ class Phase:
 
     warm_up: int = 50
     window: int = 50
-    enter: float = 3.0
+    enter: float = 4.0
     leave: float = 1.0
     moved: float = 6.0
     level_enter: float = 0.7

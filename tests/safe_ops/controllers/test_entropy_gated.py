@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import math
 
 import hypothesis.strategies as st
@@ -261,7 +262,7 @@ def test_threshold_does_not_depend_on_the_rewards_unit(scale):
 
 
 def test_a_level_reward_does_not_sink_the_threshold():
-    rewards = [0.3 + 0.01 * (-1) ** t for t in range(60)]
+    rewards = [0.3 + 0.01 * (-1) ** t for t in range(300)]
     level = run(SHORT, 0.1, reward=rewards)[-1]
     missed = run(dataclasses.replace(SHORT, target_velocity=0.1), 0.1, reward=rewards)[-1]
     assert abs(float(level.threshold_shift)) < 0.05
@@ -269,10 +270,40 @@ def test_a_level_reward_does_not_sink_the_threshold():
 
 
 def test_pid_is_enabled_without_a_bump():
-    states = run(SHORT, 0.1, reward=[5.0, -5.0, 5.0, -5.0, 5.0, 0.0])
-    assert [int(s.pid.step) for s in states] == [0, 0, 0, 0, 0, 1]
-    assert float(states[-1].pid.derivative) == 0.0
-    assert abs(float(states[-1].kl_threshold) - float(states[-2].kl_threshold)) <= 0.02 + 1e-6
+    # A rate of the threshold that hides nothing, and phases that leave it where it is.
+    law = dataclasses.replace(
+        SHORT,
+        threshold_rate=math.inf,
+        pid=PID(kp=5.0, ki=0.02, kd=1.0, rate_limit=0.01),
+        phases=dataclasses.replace(SHORT.phases, factors=(1.0,) * 4),
+    )
+    states = run(law, 0.1, reward=[0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    assert [int(s.pid.step) for s in states] == [0, 0, 0, 0, 0, 1, 2]
+    assert float(states[5].pid.derivative) == 0.0
+    assert float(states[5].pid.proportional) > 0.1
+    assert [float(s.kl_threshold) for s in states[4:]] == pytest.approx([0.3, 0.31, 0.32])
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0])
+def test_limits_that_are_moved_are_approached_at_the_rate(scale):
+    # As the ladder of interventions tightens it: a law with other limits takes up the state.
+    state = run(SHORT, 0.1, reward=[0.0] * 40)[-1]
+    names = ("threshold", "threshold_lower", "threshold_upper")
+    law = dataclasses.replace(SHORT, **{name: scale * getattr(SHORT, name) for name in names})
+    thresholds = [float(state.kl_threshold)]
+    for _ in range(40):
+        state = law.update(state, kl=0.1, entropy=1.9, reward=0.0)
+        thresholds.append(float(state.kl_threshold))
+    steps = [abs(b - a) for a, b in itertools.pairwise(thresholds)]
+    assert max(steps) == pytest.approx(law.threshold_rate, abs=1e-6)
+    assert thresholds[-1] == pytest.approx(scale * thresholds[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("limits", [{}, {"lower": 0.0}, {"lower": -0.1, "upper": 0.3}])
+def test_an_offset_without_limits_is_refused(limits):
+    # Below 0 it would wind down while the KL is small, and then forgive a KL that runs away.
+    with pytest.raises(ValueError, match="kl_integral must have limits"):
+        EntropyGatedKL(kl_integral=PID(ki=0.05, **limits))
 
 
 def test_the_pids_integral_stops_where_the_threshold_stops():

@@ -1,11 +1,13 @@
 """What every control law promises. A new law is one row of LAWS."""
 
+import ast
 import copy
 import dataclasses
+import inspect
 import math
 import operator
 import pickle
-import resource
+import re
 
 import hypothesis.strategies as st
 import pytest
@@ -25,6 +27,7 @@ from safe_ops.controllers import (
     TrustRegion,
     flatten_state,
 )
+from tests.benchmarks.measure import resident_bytes
 
 SHORT = EntropyGatedKL(
     momentum=Momentum(window=3),
@@ -84,13 +87,54 @@ def test_law_is_frozen_and_pickles(law, names):
         setattr(law, dataclasses.fields(law)[0].name, 0.0)
 
 
+BAD_GAINS = {
+    EMA: {"decay": 1.0},
+    Momentum: {"window": 0},
+    PID: {"kp": -1.0},
+    Phase: {"dwell": 0},
+    AdaptiveKL: {"target": 0.0},
+    PIDLagrangian: {"ki": math.inf},
+    TrustRegion: {"limit": math.nan},
+    EntropyGatedKL: {"threshold": 0.7},
+}
+
+
+@every_law
+def test_gains_are_checked_when_set(law, names):
+    [(name, value)] = BAD_GAINS[type(law)].items()
+    with pytest.raises(ValueError, match=f"{name} .*{value}"):
+        dataclasses.replace(law, **{name: value})
+
+
+@every_law
+def test_every_part_of_the_state_says_what_it_is(law, names):
+    """A docstring under the field, with its unit, or the unit of all in that of the class."""
+    kind = type(law.init())
+    [described] = ast.parse(inspect.getsource(kind)).body
+    assert isinstance(described, ast.ClassDef)
+    fields = [x.target.id for x in described.body if isinstance(x, ast.AnnAssign)]
+    assert tuple(fields) == kind._fields
+    texts = [
+        node.value.value
+        for node in ast.walk(described)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    ]
+    assert any(re.search(r"unit|[Nn]ats", text) for text in texts), kind
+
+
 @every_law
 def test_update_is_pure(law, names):
     state = run(law, stream(names, 6))
     before = copy.deepcopy(state)
     [measured] = stream(names, 1, offset=6)
-    assert_same(law.update(state, **measured), law.update(state, **measured))
+    new = law.update(state, **measured)
+    kept = copy.deepcopy(new)
+    assert_same(law.update(state, **measured), new)
     assert_same(state, before)
+    # What it was given is not what it keeps.
+    for value in measured.values():
+        value.fill_(7.0)
+    assert_same(new, kept)
 
 
 @every_law
@@ -286,18 +330,22 @@ def test_a_hundred_thousand_updates_of_bad_data_leave_the_law_sound(law, names):
     values[bad < 0.025] = torch.nan
     values[(bad >= 0.025) & (bad < 0.05)] = torch.inf
     state, memory = law.init(), 0
-    for t, row in enumerate(values.tolist()):
-        state = law.update(state, **dict(zip(names, row, strict=True)))
-        if t % 100 == 0:
-            for name, leaf in flatten_state(state).items():
-                assert leaf.isfinite().all(), (t, name)
-            assert_within_clamps(law, state)
-        if t == 10_000:
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for t, rows in enumerate(values.split(1000)):
+        states = [state]
+        for row in rows.tolist():
+            states.append(law.update(states[-1], **dict(zip(names, row, strict=True))))
+        state = states[-1]
+        every = tree_map(lambda *leaves: torch.stack(leaves), *states)
+        del states
+        for name, leaf in flatten_state(every).items():
+            assert leaf.isfinite().all(), (t, name)
+        assert_within_clamps(law, every)
+        if t == 10:
+            memory = resident_bytes()
     clean = int(values.isfinite().all(1).sum())
     assert (int(state.step), int(state.non_finite)) == (clean, 100_000 - clean)
-    # Kibibytes; a leak of one state an update would be some 500 MiB.
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 20_000
+    # A leak of one state an update would be some 500 MiB.
+    assert resident_bytes() - memory < 50 * 2**20
     # After the last bad value it acts again within one update.
     state = law.update(state, **dict.fromkeys(names, math.nan))
     good = law.update(state, **dict.fromkeys(names, 2.5))
@@ -314,19 +362,45 @@ def test_a_hundred_thousand_updates_of_bad_data_leave_the_law_sound(law, names):
     )
 
 
-def assert_within_clamps(law, state):
+def assert_between(lower, x, upper):
+    assert lower <= float(x.min())
+    assert float(x.max()) <= upper
+
+
+def assert_within_clamps(law, states):
+    """Of states one after the other, every leaf with the time as its first dimension."""
     if isinstance(law, EntropyGatedKL):
-        assert law.threshold_lower <= float(state.kl_threshold) <= law.threshold_upper
-        assert law.gate_lower <= float(state.entropy_gate) <= law.gate_upper
-        assert float(state.kl_coef) >= 0
+        assert_between(law.threshold_lower, states.kl_threshold, law.threshold_upper)
+        assert float(states.kl_threshold.diff().abs().max()) <= law.threshold_rate + 1e-6
+        assert_between(law.gate_lower, states.entropy_gate, law.gate_upper)
+        authority = law.pid_authority * (law.threshold_upper - law.threshold_lower)
+        assert_between(-authority - 1e-6, states.threshold_shift, authority + 1e-6)
+        assert_between(law.kl_integral.lower, states.kl_offset, law.kl_integral.upper)
+        for name in ("kl_coef", "kl_penalty", "kl_lead"):
+            assert_between(0.0, getattr(states, name), math.inf)
+        assert_within_clamps(law.phases, states.phases)
+        assert_within_clamps(law.pid, states.pid)
     elif isinstance(law, PID):
-        assert law.lower <= float(state.output) <= law.upper
+        assert_between(law.lower, states.output, law.upper)
+        assert float(states.output.diff().abs().max()) <= law.rate_limit + 1e-6
+    elif isinstance(law, Phase):
+        assert set(states.factor.tolist()) <= set(torch.tensor(law.factors).tolist())
+        assert_between(0, states.phase, 3)
+        assert_between(0.0, states.rise_error, math.inf)
+        assert bool((states.lowest <= states.highest).all())
     elif isinstance(law, AdaptiveKL):
-        assert law.lower * 0.999 <= float(state.coef) <= law.upper * 1.001
+        assert_between(law.lower * 0.999, states.coef, law.upper * 1.001)
     elif isinstance(law, PIDLagrangian):
-        assert 0 <= float(state.multiplier) <= law.upper
+        assert_between(0.0, states.multiplier, law.upper)
     elif isinstance(law, TrustRegion):
-        assert 0 <= float(state.scale) <= 1
+        assert_between(0.0, states.scale, 1.0)
+    elif isinstance(law, EMA):
+        assert_between(0.0, states.weight, (1 + 1e-4) / (1 - law.decay))
+    else:
+        assert isinstance(law, Momentum)
+        # No faster than from one end of the data to the other within the window.
+        extent = float(states.history.max() - states.history.min())
+        assert_between(-extent / law.window, states.momentum, extent / law.window)
 
 
 # The backend of torch itself still scripts a method.

@@ -56,7 +56,7 @@ def test_a_constant_reward_is_a_plateau():
 
 def test_windows_by_hand():
     # W = 2. Four rewards: (1, 2) and (4, 6). Error: sqrt((0.5 + 2) / 2).
-    state = run(Phase(warm_up=0, window=2), [1.0, 2.0, 4.0, 6.0])[-1]
+    state = run(Phase(warm_up=0, window=2, enter=3.0), [1.0, 2.0, 4.0, 6.0])[-1]
     assert float(state.rise) == pytest.approx(3.5)
     assert float(state.rise_error) == pytest.approx(1.25**0.5, rel=1e-4)
     assert PHASE_NAMES[int(state.phase)] == "climbing"
@@ -136,7 +136,7 @@ def test_paper_by_hand():
         ({"window": 1}, "window must be a whole number, at least 2, got 1"),
         ({"warm_up": -1}, "warm_up must be"),
         ({"dwell": 0}, "dwell must be"),
-        ({"leave": 4.0}, "leave <= enter, got 4.0, 3.0"),
+        ({"leave": 5.0}, "leave <= enter, got 5.0, 4.0"),
         ({"moved": -1.0}, "moved must be finite and not negative"),
         ({"level_leave": 0.9}, "level_leave must not exceed level_enter"),
         ({"factors": (1.0, 1.0, 0.0, 1.0)}, "factors must be four positive numbers"),

@@ -1,7 +1,6 @@
 """The formulas of docs/stability.md against roots, simulation and the laws themselves."""
 
 import dataclasses
-import itertools
 import math
 
 import hypothesis.strategies as st
@@ -23,6 +22,7 @@ from safe_ops.controllers import (
     stable_gain,
     stable_gain_with_momentum,
 )
+from tests.reference.closed_loops import late_switches, with_adam, with_reward, without_reward
 from tests.reference.kl_plant import simulate, swing
 from tests.strategies import PROPERTY
 
@@ -95,15 +95,35 @@ def test_smooth_gain_is_where_the_roots_become_complex(decay, delay):
 # --- simulation ---------------------------------------------------------------------------------
 
 
-def small_swing(decay: float, gain: float, *, ki: float = 0.0, delay: int = 0) -> tuple[float, ...]:
-    """Deviation at the start, within the active side of the ramp, and at the end."""
-    offset = DRIFT / gain
+def small_swing(
+    decay: float,
+    gain: float,
+    *,
+    ki: float = 0.0,
+    delay: int = 0,
+    drift: float = DRIFT,
+    share: float = 0.02,
+) -> tuple[float, ...]:
+    """Deviation at the start, a share of the active side of the ramp, and at the end."""
+    offset = drift / gain
     start, held = (THRESHOLD, offset) if ki else (THRESHOLD + offset, 0.0)
-    disturbed = start + 0.02 * offset
     kls = simulate(
-        decay, gain, start=disturbed, steps=2000, keep=100, ki=ki, delay=delay, offset_start=held
+        decay,
+        gain,
+        start=start + share * offset,
+        drift=drift,
+        steps=2000,
+        keep=100,
+        ki=ki,
+        delay=delay,
+        offset_start=held,
     )
-    return 0.02 * offset, float((kls - start).abs().max())
+    return abs(share) * offset, float((kls - start).abs().max())
+
+
+drifts = st.floats(1e-3, 0.05)
+# On both sides of the rest point, within the active side of the ramp.
+starts = st.floats(0.005, 0.05) | st.floats(-0.05, -0.005)
 
 
 @RUNS
@@ -112,23 +132,34 @@ def small_swing(decay: float, gain: float, *, ki: float = 0.0, delay: int = 0) -
     share=st.floats(0.05, 0.9),
     ki_share=st.sampled_from([0.0, 0.3, 0.7]),
     delay=st.sampled_from([0, 1]),
+    drift=drifts,
+    start=starts,
 )
-def test_inside_the_local_region_small_disturbances_die_out(decay, share, ki_share, delay):
+def test_inside_the_local_region_small_disturbances_die_out(
+    decay, share, ki_share, delay, drift, start
+):
     ki = ki_share * ((1 - decay) if delay else min(1.0, (1 - decay) / max(decay, 1e-9)))
-    before, after = small_swing(
-        decay, share * stable_gain(decay, ki=ki, delay=delay), ki=ki, delay=delay
-    )
+    gain = share * stable_gain(decay, ki=ki, delay=delay)
+    before, after = small_swing(decay, gain, ki=ki, delay=delay, drift=drift, share=start)
     assert after < 0.5 * before
 
 
 @RUNS
-@given(decay=decays, factor=st.floats(1.1, 4.0), delay=st.sampled_from([0, 1]))
-def test_outside_it_the_loop_keeps_swinging_and_does_not_diverge(decay, factor, delay):
+@given(
+    decay=decays,
+    factor=st.floats(1.1, 4.0),
+    delay=st.sampled_from([0, 1]),
+    drift=drifts,
+    start=starts,
+)
+def test_outside_it_the_loop_keeps_swinging_and_does_not_diverge(
+    decay, factor, delay, drift, start
+):
     gain = factor * stable_gain(decay, delay=delay)
-    before, after = small_swing(decay, gain, delay=delay)
-    assert after > 5 * before
+    before, after = small_swing(decay, gain, delay=delay, drift=drift, share=start)
+    assert after > 2 * before
     # One-sided ramp and the floor at 0: the swing is bounded, here by the drift and the fall to 0.
-    assert after < THRESHOLD + kl_excess_bound(decay, gain=gain, drift=DRIFT) * (1 + delay)
+    assert after < THRESHOLD + kl_excess_bound(decay, gain=gain, drift=drift) * (1 + delay)
 
 
 def test_inside_the_local_region_large_swings_can_persist():
@@ -264,88 +295,108 @@ def test_a_reward_of_bounded_drift_moves_the_threshold_by_a_bounded_shift(rate, 
         reward += rate * change
 
 
+@RUNS
+@given(
+    rate=st.floats(0.001, 0.1),
+    changes=st.lists(st.floats(-1, 1), min_size=80, max_size=80),
+    drifts=st.lists(st.floats(0, 1), min_size=80, max_size=80),
+    effect=st.floats(0.05, 10),
+    ki=st.sampled_from([0.0, 0.05]),
+)
+@example(rate=0.02, changes=[1.0] * 40 + [-1.0] * 40, drifts=[1.0] * 80, effect=0.2, ki=0.05)
+def test_the_kl_of_the_whole_law_under_a_reward_of_bounded_drift(rate, changes, drifts, effect, ki):
+    law = dataclasses.replace(
+        FAST, normalize_reward=False, pid_in_warm_up=True, pid=PID(kp=1.5, ki=ki)
+    )
+    gain = 2 * law.coef * law.gate_lower * effect
+    excess = kl_excess_bound(
+        law.kl_filter.decay, gain=gain, drift=0.05, threshold_rate=law.threshold_rate
+    )
+    authority = law.pid_authority * (law.threshold_upper - law.threshold_lower)
+    state, kl, reward, factor, filtered = law.init(), 0.0, 0.0, 0.0, [0.0]
+    for change, drift in zip(changes, drifts, strict=True):
+        state = law.update(state, kl=kl, entropy=1.9, reward=reward)
+        filtered.append(float(state.reward_filter.value))
+        factor = max(factor, float(state.phases.factor))
+        way = max(filtered) - min(filtered)
+        highest = factor * (law.threshold + min(authority, 1.5 * rate + ki * way))
+        assert float(state.kl_threshold) <= highest + 1e-5
+        assert kl <= min(highest, law.threshold_upper) + excess + 1e-5
+        reward += rate * change
+        kl = max(0.0, kl + 0.05 * drift - effect * float(state.kl_coef))
+
+
+# Phases that do not move the threshold; without_reward keeps the gate at its largest.
+AT_REST = EntropyGatedKL(coef=1.0, horizon=0.0, phases=Phase(factors=(1.0,) * 4))
+LARGEST = 2 * AT_REST.coef * AT_REST.gate_upper
+
+
+@RUNS
+@given(
+    decay=st.floats(0.2, 0.9),
+    share=st.floats(0.1, 0.8),
+    delay=st.sampled_from([0, 1]),
+    drift=drifts,
+    start=starts,
+)
+def test_the_law_at_its_largest_gate_settles_inside_the_local_region(
+    decay, share, delay, drift, start
+):
+    law = dataclasses.replace(AT_REST, kl_filter=EMA(decay=decay))
+    gain = share * stable_gain(decay, delay=delay)
+    rest = law.threshold + drift / gain
+    disturbance = start * drift / gain
+    late = without_reward(law, gain / LARGEST, start=rest + disturbance, drift=drift, delay=delay)[
+        -50:
+    ]
+    assert max(late) - min(late) < 0.3 * abs(disturbance) + 1e-6
+    assert sum(late) / 50 == pytest.approx(rest, abs=abs(disturbance) + 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("horizon", "ki", "limit"),
+    # With the lead: from the table of docs/stability.md.
+    [(0.0, 0.0, stable_gain(0.7)), (5.0, 0.0, 4.6), (0.0, 0.1, stable_gain(0.7, ki=0.1))],
+)
 @pytest.mark.parametrize(("share", "settles"), [(0.8, True), (1.3, False)])
-def test_the_margin_holds_at_the_largest_gate(share, settles):
-    # Entropy 0: the gate is gate_upper = 4.
-    law = EntropyGatedKL(coef=1.0, horizon=0.0, phases=Phase(factors=(1.0,) * 4))
-    gain = share * stable_gain(law.kl_filter.decay)
-    effect = gain / (2 * law.coef * law.gate_upper)
-    state, kl, late = law.init(), 0.31, []
-    for t in range(260):
-        state = law.update(state, kl=kl, entropy=0.0, reward=0.0)
-        kl = max(0.0, kl + DRIFT - effect * float(state.kl_coef))
-        late += [kl] if t >= 200 else []
+def test_the_margin_holds_at_the_largest_gate(share, settles, horizon, ki, limit):
+    offset = PID(ki=ki, lower=0.0, upper=0.3)
+    law = dataclasses.replace(AT_REST, horizon=horizon, kl_integral=offset)
+    late = without_reward(law, share * limit / LARGEST, start=0.301)[-60:]
     assert (max(late) - min(late) < 1e-4) == settles
 
 
-@pytest.mark.parametrize(("kp", "settles"), [(0.5, True), (3.0, False)])
+@pytest.mark.parametrize(("kp", "settles"), [(0.2, True), (3.0, False)])
 def test_the_phase_does_not_flap_where_little_comes_back_through_the_reward(kp, settles):
-    # The reward rises with the KL, 1.2 per nat around 0.3 nats, under noise.
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(700, generator=generator).tolist()
-    law = EntropyGatedKL(coef=0.5, pid=PID(kp=kp, ki=0.02))
+    law = EntropyGatedKL(coef=0.5, pid=PID(kp=kp, ki=0.005))
     returned = reward_loop_gain(
         kp=kp, slope=1.2, deviation=0.08, decay=0.95, window=10, factor=max(law.phases.factors)
     )
-    assert (returned < 0.6) if settles else (returned > 2)
-    state, kl, phases, thresholds = law.init(), 0.0, [], []
-    for x in noise:
-        state = law.update(state, kl=kl, entropy=1.9, reward=1 - math.exp(-4 * kl) + 0.1 * x)
-        kl = max(0.0, kl + DRIFT - 0.4 * float(state.kl_coef))
-        phases.append(int(state.phase))
-        thresholds.append(float(state.kl_threshold))
-    switches = sum(a != b for a, b in itertools.pairwise(phases))
-    late = thresholds[-400:]
-    assert {0, 1} < set(phases)
-    assert (switches <= 4) == settles
-    assert (max(late) - min(late) < 0.1) == settles
-    steps = [abs(b - a) for a, b in itertools.pairwise(thresholds)]
-    assert max(steps) <= law.threshold_rate + 1e-6
+    assert (returned < 0.3) if settles else (returned > 2)
+    phases, thresholds = with_reward(law, noise=0.1, updates=800, seeds=16)
+    assert {0, 1} < set(phases.flatten().tolist())
+    switches = late_switches(phases)
+    if settles:
+        # Some reach their last phase late.
+        assert int(switches.max()) <= 1
+    else:
+        assert int(switches.min()) >= 4
+    assert float(thresholds.diff(dim=0).abs().max()) <= law.threshold_rate + 1e-6
 
 
 # --- a real optimizer ---------------------------------------------------------------------------
 
-REFERENCE = torch.sin(torch.arange(16, dtype=torch.float64) * 1.7)
-REWARD = torch.cos(torch.arange(16, dtype=torch.float64) * 2.3)
-
-
-def train(coef: float, *, beta1: float, decay: float = 0.7) -> tuple[float, float]:
-    """A policy over 16 choices under Adam and the penalty: the late swing of its exact KL, and k.
-
-    k is read from the run: 2 coef lr sum (d KL / d theta)^2 / (sqrt(v) + eps), its late median.
-    """
-    learning_rate, beta2, eps = 0.01, 0.999, 1e-8
-    logits = REFERENCE.clone().requires_grad_()
-    adam = torch.optim.Adam([logits], lr=learning_rate, betas=(beta1, beta2), eps=eps)
-    law = EMA(decay=decay)
-    state, kls, gains = law.init(), [], []
-    for _ in range(500):
-        log_prob = logits.log_softmax(0)
-        kl = (log_prob.exp() * (log_prob - REFERENCE.log_softmax(0))).sum()
-        [kl_gradient] = torch.autograd.grad(kl, logits, retain_graph=True)
-        [reward_gradient] = torch.autograd.grad(log_prob.exp() @ REWARD, logits)
-        state = law.update(state, value=kl)
-        slope = 2 * coef * max(0.0, float(state.value) - THRESHOLD)
-        logits.grad = slope * kl_gradient - reward_gradient
-        adam.step()
-        record = adam.state[logits]
-        spread = (record["exp_avg_sq"] / (1 - beta2 ** float(record["step"]))).sqrt() + eps
-        kls.append(float(kl.detach()))
-        gains.append(float(2 * coef * learning_rate * (kl_gradient.square() / spread).sum()))
-    late = torch.tensor(kls[-150:])
-    return float(late.max() - late.min()), float(torch.tensor(gains[-150:]).median())
-
 
 def test_with_adam_the_identified_gain_tells_where_the_kl_swings():
     limit = stable_gain_with_momentum(0.7, momentum=0.9)
-    quiet, gain = train(10.0, beta1=0.9)
+    quiet, gain = with_adam(10.0, beta1=0.9)
     assert gain < 0.7 * limit
     assert quiet < 1e-3
-    loud, gain = train(60.0, beta1=0.9)
+    loud, gain = with_adam(60.0, beta1=0.9)
     assert gain > 1.1 * limit
     assert loud > 0.02
     # The same penalty without the average of gradients: far inside the limit of 11.3.
-    still, gain = train(60.0, beta1=0.0)
+    still, gain = with_adam(60.0, beta1=0.0)
     assert 2 * limit < gain < 0.2 * stable_gain(0.7)
     assert still < 1e-3
 
