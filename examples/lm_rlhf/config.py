@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from safe_ops.controllers import EMA, AdaptiveKL, EntropyGatedKL, Momentum, Phase
+from safe_ops.controllers import EMA, PID, AdaptiveKL, EntropyGatedKL, Momentum, Phase
 from safe_rl.monitoring.monitor import Monitor
 
 PROMPTS = Path(__file__).with_name("prompts.txt")
@@ -101,7 +101,9 @@ def short_run_law() -> EntropyGatedKL:
         kl_filter=EMA(decay=0.5),
         momentum=Momentum(window=5),
         reward_filter=EMA(decay=0.8),
-        phases=Phase(window=5, warm_up=5, dwell=3),
+        # Forty updates are too few for the threshold to swing.
+        pid=PID(kp=2.0, ki=0.02),
+        phases=Phase(window=5, warm_up=5, dwell=3, enter=3.0),
     )
 
 

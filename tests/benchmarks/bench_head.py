@@ -20,6 +20,7 @@ import torch
 from tests.benchmarks import head_peers as peers
 from tests.benchmarks.head_calls import SHAPES, HeadProblem, Results
 from tests.benchmarks.measure import (
+    GIVES_BACK,
     Table,
     interleaved_seconds,
     json_of_fresh_process,
@@ -115,7 +116,10 @@ def parts_of(dtype: str, shapes: list[str], scales: list[int]) -> list[tuple[str
 
 def measured(part: tuple[str, ...], rounds: int) -> dict[str, float]:
     """One part, in a process of its own."""
-    return json_of_fresh_process(__spec__.name, "--rounds", str(rounds), "--part", *part)
+    environment = GIVES_BACK if part[0] == "peak" else None
+    return json_of_fresh_process(
+        __spec__.name, "--rounds", str(rounds), "--part", *part, environment=environment
+    )
 
 
 def tables(found: dict[tuple[str, ...], dict[str, float]], dtype: str) -> list[Table]:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -118,10 +118,19 @@ def peak_bytes(call: Call) -> int:
     return highest[0] - before
 
 
-def json_of_fresh_process(module: str, *arguments: str) -> Any:
+GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+"""glibc gives large blocks back at once: what it keeps of freed ones is not what a call needs."""
+
+
+def json_of_fresh_process(
+    module: str, *arguments: str, environment: Mapping[str, str] | None = None
+) -> Any:
     """Run a module that prints JSON on its last line, and read it."""
     command = [sys.executable, "-W", "ignore", "-m", module, *arguments]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    variables = {**os.environ, **(environment or {})}
+    output = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, text=True, env=variables
+    ).stdout
     return json.loads(output.strip().splitlines()[-1])
 
 

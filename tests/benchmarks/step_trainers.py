@@ -142,7 +142,8 @@ def ours(
         if make_logits:
             patches.enter_context(patch.object(causal_lm, "linear_log_probs", made_logits))
         for owner, name, stage in STAGES:
-            watch.stage(owner, name, stage)
+            # The trust region scores once more: that is its price, and no scoring.
+            watch.stage(owner, name, stage, whole=stage == "trust region")
         watch.mark(Sampler, "sample", "sampled")
         watch.mark(SoftMinGAE, "forward", "scored")
         watch.mark(train, "gather_rollout", "trained", before=True)

@@ -22,7 +22,8 @@ def gpu_clock() -> float:
 class Stopwatch:
     """CPU seconds of this thread, by stage and by update, while it is entered.
 
-    A stage's time is its own: what a stage inside it takes is counted there alone. ``clock``:
+    A stage's time is its own: what a stage inside it takes is counted there alone, unless the outer
+    one is ``whole``. ``clock``:
     another one, such as ``gpu_clock``. ``tell`` gets every update when it is over; the time that it
     takes is no update's.
     """
@@ -36,6 +37,7 @@ class Stopwatch:
         self._clock = clock
         self._patches = ExitStack()
         self._stages = ["rest"]
+        self._whole: set[str] = set()
         self._begin()
 
     def __enter__(self) -> "Stopwatch":
@@ -44,8 +46,9 @@ class Stopwatch:
     def __exit__(self, *exception: object) -> None:
         self._patches.close()
 
-    def stage(self, owner: object, name: str, stage: str) -> None:
+    def stage(self, owner: object, name: str, stage: str, *, whole: bool = False) -> None:
         """Count the calls of ``owner.name`` under ``stage``."""
+        self._whole |= {stage} if whole else set()
         self._wrap(owner, name, lambda: self._enter(stage), self._leave)
 
     def mark(self, owner: object, name: str, label: str, *, before: bool = False) -> None:
@@ -95,7 +98,8 @@ class Stopwatch:
 
     def _enter(self, stage: str) -> None:
         self._spend()
-        self._stages.append(stage)
+        outer = self._stages[-1]
+        self._stages.append(outer if outer in self._whole else stage)
 
     def _leave(self) -> None:
         self._spend()
