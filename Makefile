@@ -7,9 +7,9 @@ SEED   ?= 0
 OUTPUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)-seed$(SEED)
 STAMP  := $(VENV)/.installed
 
-# Trainers of others, and Ray: each has an environment of its own, constraints-NAME.txt and
+# Trainers of others, Ray and vLLM: each has an environment of its own, constraints-NAME.txt and
 # tests/safe_rl/integrations/test_NAME.py.
-OTHERS := trl verl openrlhf ray
+OTHERS := trl verl openrlhf ray vllm
 
 TABLE  := runs/table
 # glibc gives large blocks back to the system at every free and gets them back page by page: keeping

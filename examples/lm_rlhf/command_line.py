@@ -34,6 +34,9 @@ def parse(argv: list[str] | None) -> tuple[Config, Path, bool]:
         action=argparse.BooleanOptionalAction,
         help="sample with merged adapters: faster, for a copy of the layers' weights",
     )
+    parser.add_argument(
+        "--vllm", type=float, metavar="SHARE", help="sample with vLLM, in this share of the GPU"
+    )
     parser.add_argument("--checkpoint-every", type=int)
     parser.add_argument("--policy-learning-rate", type=float)
     parser.add_argument("--kl-coef", type=float, help="of the penalty; 0 switches it off")

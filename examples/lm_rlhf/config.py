@@ -42,6 +42,8 @@ class Config:
     temperature: float = 1.0
     merged_sampling: bool = True
     """Sample with merged adapters: faster, for one more copy of the layers' weights in memory."""
+    vllm: float | None = None
+    """Share of the GPU's memory in which vLLM samples; None: without vLLM."""
 
     lora_rank: int = 16
     lora_alpha: int = 32
@@ -81,6 +83,8 @@ class Config:
         for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.vllm is not None and not 0 < self.vllm < 1:
+            raise ValueError(f"vllm must be a share of the GPU's memory, got {self.vllm}")
         if self.batch_size % self.minibatch_size:
             raise ValueError(
                 f"minibatch_size must divide batch_size, got {self.minibatch_size} and "
