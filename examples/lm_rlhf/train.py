@@ -140,6 +140,7 @@ def train(config: Config, output: Path, *, resume: bool) -> Path:
         reward = vader_reward()
     else:
         reward = classifier_reward(config.reward_model, label=config.reward_label)
+    hashes["reward_model"] = reward.sha256
 
     safe = config.algorithm == "safe"
     sampler = Sampler(language_model, merged=config.merged_sampling)
@@ -215,9 +216,9 @@ def train(config: Config, output: Path, *, resume: bool) -> Path:
     guard.apply_factors()
     accelerator.wait_for_everyone()
     if on_main and resume:
-        folder.cut_back_to(start)
+        folder.take_up(start, processes=accelerator.num_processes)
     elif on_main:
-        folder.begin(hashes)
+        folder.begin(hashes, processes=accelerator.num_processes)
     if not resume:
         guard.keep_if_well(start)
         save_checkpoint(folder.checkpoint, start, parts, write=on_main)
