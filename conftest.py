@@ -22,7 +22,10 @@ OTHERS = {
         "examples/verl_controller.py",
         "tests/safe_rl/integrations/test_verl.py",
     ],
-    "openrlhf": ["tests/safe_rl/integrations/test_openrlhf.py"],
+    "openrlhf": [
+        "examples/openrlhf_controller.py",
+        "tests/safe_rl/integrations/test_openrlhf.py",
+    ],
     "ray": ["tests/safe_rl/integrations/test_ray.py"],
     "triton": ["safe_ops/_linear_kernels.py", "safe_ops/_scan_kernel.py"],
     "cut_cross_entropy": [

@@ -1,28 +1,51 @@
 """Rewards: sentiment by rule, or any sequence-classification model."""
 
+import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
+from safe_rl.monitoring.audit import frozen_sha256
+
 Reward = Callable[[Sequence[str], Sequence[str]], Tensor]
 """(prompts, responses) -> scores [B]."""
 
+LEXICONS = ("vader_lexicon.txt", "emoji_utf8_lexicon.txt")
 
-def vader_reward() -> Reward:
-    """VADER's compound sentiment of the response, -1 (negative) to 1 (positive)."""
+
+@dataclass(frozen=True)
+class KnownReward:
+    """A reward, and the hash of what it judges by."""
+
+    score: Reward
+    sha256: str
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+        """Scores [B]."""
+        return self.score(prompts, responses)
+
+
+def vader_reward() -> KnownReward:
+    """VADER's compound sentiment of the response, -1 (negative) to 1 (positive).
+
+    Its hash is that of the two lexicons, one after the other.
+    """
+    lexicons = b"".join(files("vaderSentiment").joinpath(name).read_bytes() for name in LEXICONS)
     analyzer = SentimentIntensityAnalyzer()
 
     def score(prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
         return torch.tensor([analyzer.polarity_scores(text)["compound"] for text in responses])
 
-    return score
+    return KnownReward(score, hashlib.sha256(lexicons).hexdigest())
 
 
-def classifier_reward(path: str, *, label: str | None = None) -> Reward:
-    """Logit of a sequence-classification model on prompt and response.
+def classifier_reward(path: str, *, label: str | None = None) -> KnownReward:
+    """Logit of a sequence-classification model on prompt and response; its weights' hash.
 
     Args:
         path: Folder or hub id.
@@ -45,7 +68,7 @@ def classifier_reward(path: str, *, label: str | None = None) -> Reward:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
-    model.eval()
+    model.eval().requires_grad_(False)
     limit = getattr(model.config, "max_position_embeddings", None)
 
     @torch.no_grad()
@@ -56,7 +79,7 @@ def classifier_reward(path: str, *, label: str | None = None) -> Reward:
         )
         return model(**tokens).logits[:, output].float()
 
-    return score
+    return KnownReward(score, frozen_sha256(model))
 
 
 def first_line(error: BaseException) -> str:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import platform
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,17 @@ from safe_rl.monitoring.audit import audit_log
 from safe_rl.monitoring.run_log import LOG_NAME, TIMING_NAME, RunLog
 
 CHECKPOINT_NAME = "checkpoint.pt"
-PACKAGES = ("torch", "tensordict", "torchrl", "transformers", "peft", "accelerate")
+PACKAGES = (
+    "safe-rl-toolkit",
+    "torch",
+    "tensordict",
+    "torchrl",
+    "transformers",
+    "peft",
+    "accelerate",
+    "vaderSentiment",
+    "gguf",
+)
 
 
 class RunFolder:
@@ -37,24 +47,25 @@ class RunFolder:
         self.timing = RunLog(path / TIMING_NAME)
         self.checkpoint = path / CHECKPOINT_NAME
         self._settings = run_settings(config)
+        self._steps = config.steps
         if resume:
             self._check_same_settings()
         elif path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise ValueError(f"output {path} holds something already: use --resume or another")
 
-    def begin(self, hashes: Mapping[str, str]) -> None:
+    def begin(self, hashes: Mapping[str, str], *, processes: int) -> None:
         """Make the folder and write the first line of the log.
 
         Args:
-            hashes: SHA-256 of what the settings only name: prompts, weights.
+            hashes: SHA-256 of what the settings only name: prompts, weights, reward model.
+            processes: How many ranks the run has.
         """
-        versions = {name: version(name) for name in PACKAGES}
-        versions["python"] = platform.python_version()
         self.log.write(
             {
                 "record": "run",
                 "settings": self._settings,
-                "versions": versions,
+                "versions": versions(),
+                "processes": processes,
                 "hashes": dict(hashes),
             }
         )
@@ -63,7 +74,7 @@ class RunFolder:
         """Give every part its state back; returns the number of updates done.
 
         Raises:
-            ValueError: prompts or weights are not those that the run began with.
+            ValueError: prompts, weights or reward model are not those that the run began with.
         """
         begun = RunLog.read(self.log.path)[0]["hashes"]
         changed = sorted(name for name in hashes if hashes[name] != begun.get(name))
@@ -73,8 +84,37 @@ class RunFolder:
             )
         return load_checkpoint(self.checkpoint, parts)
 
-    def cut_back_to(self, step: int) -> None:
-        """Drop from the logs what came after the checkpoint."""
+    def take_up(self, step: int, *, processes: int) -> None:
+        """Drop from the logs what came after the checkpoint; a line says by whom, and what went.
+
+        Other versions than before do not stop a run, which may have to outlive a machine: they are
+        named in the line. It has no ``step``, so that a later resume does not drop it, and it is
+        written first: a kill between the two leaves it there twice, and never away.
+
+        Args:
+            step: Updates done.
+            processes: How many ranks go on.
+        """
+        earlier = [r for r in RunLog.read(self.log.path) if r["record"] in ("run", "resume")]
+        before, now = earlier[-1]["versions"], versions()
+        changed = {
+            name: f"{before.get(name)} -> {now.get(name)}"
+            for name in sorted(before.keys() | now.keys())
+            if before.get(name) != now.get(name)
+        }
+        dropped, last = self.log.after(step)
+        self.log.write(
+            {
+                "record": "resume",
+                "updates_done": step,
+                "steps": self._steps,
+                "processes": processes,
+                "versions": now,
+                "changed_versions": changed,
+                "records_dropped": dropped,
+                "last_dropped_chain": last,
+            }
+        )
         self.log.truncate_to(step)
         self.timing.truncate_to(step)
 
@@ -87,6 +127,17 @@ class RunFolder:
         if changed:
             differences = ", ".join(f"{k}: {saved.get(k)!r} -> {asked[k]!r}" for k in changed)
             raise ValueError(f"output {self.path} is a run with other settings ({differences})")
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and ``PACKAGES``; None: not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
 
 
 def run_settings(config: Config) -> dict[str, object]:

@@ -140,6 +140,7 @@ def train(config: Config, output: Path, *, resume: bool) -> Path:
         reward = vader_reward()
     else:
         reward = classifier_reward(config.reward_model, label=config.reward_label)
+    hashes["reward_model"] = reward.sha256
 
     safe = config.algorithm == "safe"
     sampler = Sampler(language_model, merged=config.merged_sampling)
@@ -215,9 +216,9 @@ def train(config: Config, output: Path, *, resume: bool) -> Path:
     guard.apply_factors()
     accelerator.wait_for_everyone()
     if on_main and resume:
-        folder.cut_back_to(start)
+        folder.take_up(start, processes=accelerator.num_processes)
     elif on_main:
-        folder.begin(hashes)
+        folder.begin(hashes, processes=accelerator.num_processes)
     if not resume:
         guard.keep_if_well(start)
         save_checkpoint(folder.checkpoint, start, parts, write=on_main)
@@ -421,8 +422,17 @@ def controller_record(controller: Controller, *, safe: bool) -> dict[str, object
         "kl_momentum_nats_per_token_per_update": state.kl_momentum,
         "kl_coef": state.kl_coef,
         "kl_penalty": state.kl_penalty,
-        # With the line's other values and the settings, threshold and coefficient follow from:
+        # With the line's other values, the line before and the settings, threshold and coefficient
+        # follow from:
         "kl_threshold_shift_nats_per_token": state.threshold_shift,
+        "pid_proportional_nats_per_token": state.pid.proportional,
+        "pid_integral_nats_per_token": state.pid.integral,
+        "pid_derivative_nats_per_token": state.pid.derivative,
+        # Deviations per update; reward per update where the law does not normalise.
+        "reward_velocity": state.reward_velocity,
+        # Of the phase: the reward's last window less the one before, and its standard error.
+        "reward_rise": state.phases.rise,
+        "reward_rise_error": state.phases.rise_error,
         "kl_lead_nats_per_token": state.kl_lead,
         "kl_offset_nats_per_token": state.kl_offset,
         "entropy_gate": state.entropy_gate,

@@ -4,7 +4,8 @@
 
 It finds slips and losses, not a forger, who can hash the rest of the file anew: keep the last hash
 that is printed here (the report shows it too) where the log's owner cannot write. A log cut at its
-end is whole by itself, and shows by that hash alone.
+end is whole by itself, and shows by that hash alone. A resume cuts what came after its checkpoint,
+and its record says how many lines and the hash of the last.
 """
 
 import argparse

@@ -50,8 +50,9 @@ def write_report(run_dir: str | os.PathLike[str]) -> tuple[Path, Path]:
 
     The page stands alone: pictures and styles are inside it, no script, nothing is fetched. It
     shows the curves, the means of the first and last updates, what the monitor noticed and did,
-    the first and last samples side by side, settings, versions and hashes. What the log lacks is
-    left out; a run without an update says so.
+    each resume with what it cut back and which versions had changed, the first and last samples
+    side by side, settings, versions and hashes. What the log lacks is left out; a run without an
+    update says so.
     Both files are written to a temporary name and renamed, so an older report is never half gone.
 
     Args:
@@ -83,6 +84,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> tuple[Path, Path]:
     updates = [record for record in records if record["record"] == "update"]
     samples = [record for record in records if record["record"] == "samples"]
     events = [record for record in records if record["record"] == "event"]
+    resumes = [record for record in records if record["record"] == "resume"]
 
     title = _title(header)
     figure = draw_run(updates, settings=settings, title=title, events=events)
@@ -93,8 +95,9 @@ def write_report(run_dir: str | os.PathLike[str]) -> tuple[Path, Path]:
     template.filters["number"] = _number
     page = template.from_string(_PAGE).render(
         title=title,
-        headline=_headline(updates, settings, events),
+        headline=_headline(updates, settings, events, resumes),
         events=events,
+        resumes=resumes,
         count=len(updates),
         averaged=_averaged(updates),
         summary=_summary(updates),
@@ -179,7 +182,10 @@ def _summary(updates: Sequence[Record]) -> list[_SummaryRow]:
 
 
 def _headline(
-    updates: Sequence[Record], settings: Mapping[str, Any], events: Sequence[Record]
+    updates: Sequence[Record],
+    settings: Mapping[str, Any],
+    events: Sequence[Record],
+    resumes: Sequence[Record],
 ) -> str:
     """The run in a few sentences."""
     if not updates:
@@ -205,6 +211,10 @@ def _headline(
         kinds = dict.fromkeys(str(event.get("action")).replace("_", " ") for event in events)
         plural = "s" if len(events) > 1 else ""
         sentences.append(f"{len(events)} event{plural}: {', '.join(kinds)}.")
+    if resumes:
+        plural = "s" if len(resumes) > 1 else ""
+        other = ", with other versions" if any(r.get("changed_versions") for r in resumes) else ""
+        sentences.append(f"Resumed {len(resumes)} time{plural}{other}.")
     return " ".join(sentences) or f"{len(updates)} updates."
 
 
@@ -332,6 +342,21 @@ updates make each mean.{% endif %}</p>
 {% for event in events %}
 <tr><th>{{ event.step }}</th><td>{{ event.detector }}</td><td>{{ event.seen | number }}</td>
 <td>{{ event.limit | number }}</td><td>{{ event.action }}</td><td>{{ event.reason }}</td></tr>
+{% endfor %}
+</tbody></table></div>
+{% endif %}
+{% if resumes %}
+<h2>Resumes</h2>
+<div class="wide"><table>
+<thead><tr><th>after updates</th><th>processes</th><th>other versions</th>
+<th>lines cut back</th><th>hash of the last of them</th></tr></thead>
+<tbody>
+{% for resume in resumes %}
+<tr><th>{{ resume.updates_done }}</th><td>{{ resume.processes | number }}</td>
+<td>{% for name, change in (resume.changed_versions or {}).items() %}
+{{ name }} {{ change }}{{ "" if loop.last else ", " }}
+{%- else %}none{% endfor %}</td>
+<td>{{ resume.records_dropped | number }}</td><td>{{ resume.last_dropped_chain or "–" }}</td></tr>
 {% endfor %}
 </tbody></table></div>
 {% endif %}

@@ -37,6 +37,7 @@ class RunLog:
         {"record": "run", "seed": 0, "settings": {...}, "versions": {...}}        first line
         {"record": "update", "step": 0, "reward_mean": 0.2, ...}                  one per update
         {"record": "samples", "step": 0, "samples": [{"prompt", "response", "reward"}, ...]}
+        {"record": "resume", "updates_done": 1, "records_dropped": 3, ...}           has no step
 
     Rules one may rely on:
 
@@ -134,6 +135,37 @@ class RunLog:
         finished = self.path.read_bytes().rpartition(b"\n")[0]
         return split_chain(finished.rpartition(b"\n")[2])[1]
 
+    def after(self, step: int) -> tuple[int, str]:
+        """What `truncate_to` would drop: how many records, and the hash of the last of them.
+
+        A resume writes both into the log before it drops them, in a record without a step: what was
+        cut back leaves a trace, and a hash that was noted of the longer log is found again.
+
+        Args:
+            step: First step to drop, counted from 0.
+
+        Returns:
+            Count and hash; 0 and an empty text where nothing would go or there is no file.
+
+        Raises:
+            ValueError: ``step`` is negative, or the log has a malformed line.
+
+        Example:
+            >>> import tempfile
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     log = RunLog(Path(folder) / "log.jsonl")
+            ...     for step in range(3):
+            ...         _ = log.write({"record": "update", "step": step})
+            ...     count, chain = log.after(1)
+            ...     count, chain == log.last_chain()
+            (2, True)
+        """
+        _check_step(step)
+        if not self.path.exists():
+            return 0, ""
+        lines = [line for line, record in _lines(self.path) if _is_of(record, step)]
+        return len(lines), split_chain(lines[-1])[1] if lines else ""
+
     def truncate_to(self, step: int) -> int:
         """Drop every record of ``step`` and later, so that a resumed run continues the log.
 
@@ -151,14 +183,13 @@ class RunLog:
         Raises:
             ValueError: ``step`` is negative, or the log has a malformed line (it is left as it is).
         """
-        if step < 0:
-            raise ValueError(f"step must not be negative, got {step}")
+        _check_step(step)
         if not self.path.exists():
             return 0
         kept: list[bytes] = []
         dropped, chain = 0, CHAIN_START
         for line, record in _lines(self.path):
-            if record.get("step", -1) >= step:
+            if _is_of(record, step):
                 dropped += 1
                 continue
             # What stays behind a dropped line hangs on the line before that.
@@ -226,6 +257,16 @@ def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _check_step(step: int) -> None:
+    if step < 0:
+        raise ValueError(f"step must not be negative, got {step}")
+
+
+def _is_of(record: Record, step: int) -> bool:
+    """Whether it is of ``step`` or later; a record without a step is of none."""
+    return record.get("step", -1) >= step
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, Record]]:

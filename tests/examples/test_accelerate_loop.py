@@ -1,10 +1,10 @@
 """The controller among accelerate's own checkpoint, by way of the example."""
 
-import torch
 from accelerate import Accelerator
 
 from examples.accelerate_loop import main
-from safe_ops.controllers import AdaptiveKL, Controller, EntropyGatedKL
+from safe_ops.controllers import Controller
+from tests.safe_ops.controllers.test_every_law import assert_same, every_law, run, stream
 
 
 def test_kl_stays_near_its_threshold(tmp_path):
@@ -28,19 +28,21 @@ def test_resume_equals_no_interruption(tmp_path):
     assert first + second == whole
 
 
-def test_every_law_passes_through_save_state_bit_for_bit(tmp_path):
-    accelerator = Accelerator(cpu=True)
-    gated, adaptive = Controller(EntropyGatedKL()), Controller(AdaptiveKL())
-    accelerator.register_for_checkpointing(gated, adaptive)
-    for update in range(12):
-        gated(kl=0.1 * update, entropy=2.0 / (1 + update), reward=update / 3)
-        adaptive(kl=float("nan") if update == 3 else 0.1 * update)
+@every_law
+def test_every_law_passes_through_save_state_bit_for_bit(law, names, tmp_path):
+    accelerator, controller = Accelerator(cpu=True), Controller(law)
+    accelerator.register_for_checkpointing(controller)
+    measured = stream(names, 14)
+    measured[3] = dict.fromkeys(names, float("nan"))
+    for values in measured[:9]:
+        controller(**values)
     accelerator.save_state(tmp_path)
-    saved = [{k: v.clone() for k, v in c.state_dict().items()} for c in (gated, adaptive)]
-    gated(kl=9.0, entropy=0.0, reward=-1.0)
-    adaptive(kl=9.0)
+    saved = controller.state
+    assert saved.non_finite == 1
+    controller(**measured[9])
+    assert controller.state.step == saved.step + 1
     accelerator.load_state(tmp_path)
-    for controller, before in zip((gated, adaptive), saved, strict=True):
-        for name, buffer in controller.state_dict().items():
-            assert torch.equal(buffer, before[name]), name
-    assert adaptive.state.non_finite == 1
+    assert_same(controller.state, saved)
+    for values in measured[9:]:
+        controller(**values)
+    assert_same(controller.state, run(law, measured))

@@ -57,8 +57,9 @@ def records(output: Path, kind: str) -> list[dict]:
 
 
 def lines(output: Path) -> list[bytes]:
-    """The log but for its first line, which names the steps asked for, and what hangs on that."""
-    return [split_chain(line)[0] for line in (output / "log.jsonl").read_bytes().splitlines()[1:]]
+    """But for the first line, which names the steps asked for, hashes, and lines of a resume."""
+    text = (output / "log.jsonl").read_bytes().splitlines()
+    return [split_chain(line)[0] for line in text[1:] if b'{"record": "resume"' not in line]
 
 
 def adapters(output: Path) -> list[torch.Tensor]:

@@ -37,7 +37,3 @@ def test_runs_as_a_user_would(tmp_path):
     assert [line.split()[0] for line in text.splitlines()] == list(example.ROWS)
     example.main(["--png", str(tmp_path / "loop.png")])
     assert (tmp_path / "loop.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_is_short():
-    assert len(Path(example.__file__).read_text(encoding="utf-8").splitlines()) < 80

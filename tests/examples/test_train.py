@@ -1,18 +1,24 @@
 """The example loop, run as its user runs it, on a tiny real model."""
 
 import dataclasses
+import hashlib
 import signal
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
+import vaderSentiment
+from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config
 
+from examples.lm_rlhf import run_folder
 from examples.lm_rlhf import train as example
 from examples.lm_rlhf.architectures import PUBLISHED, random_model
 from examples.lm_rlhf.command_line import parse
 from examples.lm_rlhf.config import CONFIGS, short_run_law, tiny
 from safe_rl.monitoring import RunLog
+from safe_rl.monitoring.audit import audit_log
 from safe_rl.monitoring.monitor import Monitor
 from safe_rl.monitoring.run_log import split_chain
 from tests.tiny_models import save_language_model, save_reward_model
@@ -113,13 +119,14 @@ def test_stopped_and_resumed_equals_uninterrupted_byte_for_byte(
     assert run(cut, "--algorithm", algorithm, "--steps", "2") == 0
     assert run(cut, "--algorithm", algorithm, "--resume") == 0
 
-    def lines(output: Path) -> list[bytes]:
-        # The header names the steps that were asked for, and every hash hangs on it.
-        text = (output / "log.jsonl").read_bytes().splitlines()
-        return [split_chain(line)[0] for line in text[1:]]
-
     assert len(updates(whole)) == 4
     assert lines(cut) == lines(whole)
+
+
+def lines(output: Path) -> list[bytes]:
+    """Without the header, which names the steps asked for, and what says that it was resumed."""
+    text = (output / "log.jsonl").read_bytes().splitlines()
+    return [split_chain(line)[0] for line in text[1:] if b'{"record": "resume"' not in line]
 
 
 def test_ctrl_c_stops_after_the_update_with_checkpoint_and_report(
@@ -139,7 +146,131 @@ def test_ctrl_c_stops_after_the_update_with_checkpoint_and_report(
     monkeypatch.setattr(example, "pack_rollout", pack)
     assert run(cut, "--resume") == 0
     assert run(whole) == 0
-    assert (cut / "log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()
+    assert lines(cut) == lines(whole)
+    assert resumes(cut)[0]["updates_done"] == 1
+    assert resumes(whole) == []
+
+
+def resumes(output: Path) -> list[dict]:
+    return [r for r in RunLog.read(output / "log.jsonl") if r["record"] == "resume"]
+
+
+def test_the_header_says_what_the_run_stands_on(tmp_path: Path, run, prompts: Path) -> None:
+    assert run(tmp_path / "run", "--steps", "1") == 0
+    header = RunLog.read(tmp_path / "run" / "log.jsonl")[0]
+    assert header["processes"] == 1
+    for name in ("safe-rl-toolkit", "torch", "vaderSentiment", "gguf"):
+        assert header["versions"][name] == metadata.version(name)
+    folder = Path(vaderSentiment.__file__).parent
+    lexicons = [folder / name for name in ("vader_lexicon.txt", "emoji_utf8_lexicon.txt")]
+    judge = hashlib.sha256(b"".join(path.read_bytes() for path in lexicons)).hexdigest()
+    assert header["hashes"]["reward_model"] == judge
+    assert header["hashes"]["prompts"] == hashlib.sha256(prompts.read_bytes()).hexdigest()
+
+
+def test_a_package_that_is_not_installed_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "PACKAGES", ("torch", "no-such-package"))
+    found = run_folder.versions()
+    assert found["no-such-package"] is None
+    assert found["torch"] == metadata.version("torch")
+
+
+def test_another_reward_model_under_the_same_name_is_refused(tmp_path: Path, run, capsys) -> None:
+    model = save_reward_model(tmp_path / "reward")
+    arguments = ["--reward-model", str(model), "--steps", "2"]
+    assert run(tmp_path / "run", *arguments) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    weights = load_file(model / "model.safetensors")
+    save_file(
+        weights | {"score.weight": weights["score.weight"] + 1e-3},
+        model / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    assert run(tmp_path / "run", *arguments, "--resume") == 2
+    complains(capsys, "other content of: reward_model")
+    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    assert run(tmp_path / "run", *arguments, "--resume") == 0
+
+
+def test_a_resume_leaves_a_trace_of_what_it_cut_back(
+    tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in its fourth update, twice: the checkpoint is of the second."""
+    output = tmp_path / "run"
+    gather = example.gather_rollout
+
+    def killed(*arguments):
+        if len(updates(output)) == 3:
+            raise KeyboardInterrupt
+        return gather(*arguments)
+
+    monkeypatch.setattr(example, "gather_rollout", killed)
+    noted = []
+    for more in ([], ["--resume"]):
+        with pytest.raises(KeyboardInterrupt):
+            run(output, *more)
+        assert len(updates(output)) == 3
+        noted.append(RunLog(output / "log.jsonl").last_chain())
+    monkeypatch.setattr(example, "gather_rollout", gather)
+    assert run(output, "--resume") == 0
+    assert audit_log(output / "log.jsonl").unfinished is False
+    assert [r["step"] for r in updates(output)] == [0, 1, 2, 3]
+    found = resumes(output)
+    # An update and its samples each time.
+    assert [(r["updates_done"], r["records_dropped"]) for r in found] == [(2, 2), (2, 2)]
+    assert [r["last_dropped_chain"] for r in found] == noted
+    assert all(r["processes"] == 1 and r["steps"] == 4 for r in found)
+    assert all(r["changed_versions"] == {} for r in found)
+    page = (output / "report.html").read_text("utf-8")
+    assert "Resumed 2 times." in page
+    assert all(chain in page for chain in noted)
+
+
+def test_a_kill_while_it_cuts_back_loses_no_trace(
+    tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "run"
+    assert run(output, "--steps", "2") == 0
+    log = RunLog(output / "log.jsonl")
+    log.write({"record": "event", "step": 2})
+    noted = log.last_chain()
+
+    def killed(self, step):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLog, "truncate_to", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(output, "--resume")
+    assert run(output, "--resume") == 0
+    assert [r["last_dropped_chain"] for r in resumes(output)] == [noted, noted]
+    assert not [r for r in RunLog.read(log.path) if r["record"] == "event"]
+    audit_log(log.path)
+
+
+def test_a_resume_with_other_versions_goes_on_and_says_so(
+    tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "run"
+    assert run(output, "--steps", "1") == 0
+    now = run_folder.versions()
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "versions", lambda: now | {"torch": "9.9", "gguf": None})
+        for steps in ("2", "3"):
+            assert run(output, "--resume", "--steps", steps) == 0
+    first, second = resumes(output)
+    assert first["changed_versions"] == {
+        "gguf": f"{now['gguf']} -> None",
+        "torch": f"{now['torch']} -> 9.9",
+    }
+    # Against the resume before, not the header.
+    assert second["changed_versions"] == {}
+    assert second["versions"]["torch"] == "9.9"
+    assert second["steps"] == 3
+    page = (output / "report.html").read_text("utf-8")
+    assert "Resumed 2 times, with other versions." in page
+    assert f"torch {now['torch']} -&gt; 9.9" in page
 
 
 def test_a_reward_model_from_disk(tmp_path: Path, run) -> None:

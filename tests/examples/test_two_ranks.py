@@ -37,9 +37,11 @@ class Runs(NamedTuple):
     cut: Path
 
 
-def two_ranks(output: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def two_ranks(
+    output: Path, *arguments: str, module: str = "watched_train", scenario: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", "-m", "tests.examples.watched_train"]
+    command += ["--nproc-per-node", "2", "-m", f"tests.examples.{module}", *scenario]
     command += [str(output.with_name(output.name + "-ranks")), "--output", str(output), *arguments]
     settings = {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
@@ -166,3 +168,59 @@ def test_a_minibatch_that_two_ranks_cannot_share_is_refused(runs: Runs) -> None:
     assert done.returncode != 0
     assert "error: minibatch_size must be a multiple of the 2 processes, got 1" in done.stderr
     assert not output.exists()
+
+
+def guarded(folder: Path, scenario: str, *arguments: str) -> list[dict[str, Any]]:
+    """What rank 0 decided in each update, once rank 1 is seen to have done and to hold the same."""
+    model = save_language_model(folder / "model", chat=True)
+    prompts = folder / "prompts.txt"
+    prompts.write_text("tell me about a day\na rainy meeting\na good street\nlove\nbad day\n")
+    arguments = ("--model", str(model), "--prompts", str(prompts), *SIZES, *arguments)
+    output = folder / "run"
+    done = two_ranks(output, *arguments, module="guarded_train", scenario=(scenario,))
+    assert done.returncode == 0, done.stderr
+    first, second = (held(output, rank, "decisions") for rank in range(2))
+    for one, other in zip(first, second, strict=True):
+        for key in ("record", "events", "rates", "threshold"):
+            assert one[key] == other[key]
+        for key in ("adapters", "controller"):
+            assert_close(one[key], other[key], rtol=0, atol=0)
+        one["other_losses_finite"] = other["own_losses_finite"]
+    return first
+
+
+def actions(update: dict[str, Any], detector: str) -> list[str]:
+    return [event["action"] for event in update["events"] if event["detector"] == detector]
+
+
+def test_a_loss_that_one_rank_finds_not_finite_is_answered_alike_by_both(tmp_path: Path) -> None:
+    updates = guarded(tmp_path, "poison", "--steps", "4")
+    # Seen by rank 1 alone.
+    assert all(all(update["own_losses_finite"]) for update in updates)
+    assert [update["other_losses_finite"].count(False) for update in updates] == [0, 2, 2, 0]
+    assert [u["record"]["optimizer_steps_skipped"] for u in updates] == [0, 2, 2, 0]
+    assert [actions(update, "non_finite") for update in updates] == [
+        [],
+        ["skip_step", "lower_learning_rate"],
+        ["skip_step", "roll_back"],
+        [],
+    ]
+    assert [update["rates"][0] for update in updates] == [0.02, 0.01, 0.01, 0.01]
+    start = torch.load(tmp_path / "run" / "last_good_00000000.pt", weights_only=True)
+    start = list(start["parts"]["adapters"].values())
+    moved = [
+        any((a != b).any() for a, b in zip(update["adapters"], start, strict=True))
+        for update in updates
+    ]
+    # Back at the start with the third, and on from there.
+    assert moved == [True, True, False, True]
+    assert [int(update["controller"]["step"]) for update in updates] == [1, 2, 0, 1]
+
+
+def test_an_update_beyond_the_trust_region_is_shortened_alike_by_both(tmp_path: Path) -> None:
+    updates = guarded(tmp_path, "trust_region", "--steps", "2")
+    scales = [update["record"]["update_scale"] for update in updates]
+    assert any(0 < scale < 1 for scale in scales)
+    for update, scale in zip(updates, scales, strict=True):
+        assert (actions(update, "trust_region") == ["shorten"]) == (0 < scale < 1)
+        assert (update["record"]["kl_proposed_nats_per_token"] > 0.01) == (scale < 1)

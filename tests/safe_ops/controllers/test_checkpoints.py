@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from safe_ops.controllers import PID, Controller, EntropyGatedKL, Momentum, Phase, flatten_state
+from tests.safe_ops.controllers.test_every_law import assert_same, every_law, run, stream
 
 LAW = EntropyGatedKL(
     trend_weight=0.5,
@@ -57,16 +58,25 @@ def test_through_a_cast_of_the_model(tmp_path):
 
 # Without a process group it says that it saves from one process.
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
-def test_through_torch_distributed_checkpoint(tmp_path):
-    model = Model().bfloat16()
-    move(model.controller, 0, 9)
-    dcp.save({"model": model.state_dict()}, checkpoint_id=tmp_path)
-    other = Model().bfloat16()
-    state = {"model": other.state_dict()}
+@every_law
+def test_every_law_passes_through_torch_distributed_checkpoint(law, names, tmp_path):
+    def model():
+        parts = {"policy": torch.nn.Linear(2, 2), "controller": Controller(law)}
+        return torch.nn.ModuleDict(parts).bfloat16()
+
+    measured = stream(names, 14)
+    measured[3] = dict.fromkeys(names, float("nan"))
+    first, second = model(), model()
+    for values in measured[:9]:
+        first["controller"](**values)
+    dcp.save({"model": first.state_dict()}, checkpoint_id=tmp_path)
+    state = {"model": second.state_dict()}
     dcp.load(state, checkpoint_id=tmp_path)
-    other.load_state_dict(state["model"])
-    move(other.controller, 9, 20)
-    assert_uninterrupted(other.controller, 20)
+    second.load_state_dict(state["model"])
+    assert_same(second["controller"].state, first["controller"].state)
+    for values in measured[9:]:
+        second["controller"](**values)
+    assert_same(second["controller"].state, run(law, measured))
 
 
 @pytest.fixture

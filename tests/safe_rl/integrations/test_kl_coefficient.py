@@ -44,3 +44,24 @@ def test_a_law_of_several_measurements_is_refused():
 def test_an_unknown_field_is_refused():
     with pytest.raises(ValueError, match="state of AdaptiveKL, got 'output'"):
         KLCoefficient(Controller(AdaptiveKL()), coef="output")
+
+
+@pytest.mark.parametrize(("convert", "graphs"), [(torch.tensor, [1, 1, 1]), (float, [1, 2, 3])])
+def test_a_compiled_law_makes_one_graph_more_of_floats(convert, graphs):
+    torch.compiler.reset()
+    made = []
+
+    def backend(graph, inputs):
+        made.append(graph)
+        return graph.forward
+
+    law = AdaptiveKL(target=0.1, initial_coef=0.5)
+    eager, inner = Controller(law), Controller(law)
+    compiled = torch.compile(inner, fullgraph=True, backend=backend)
+    seen = []
+    # One value; others, 0 and 1 among them; one that is not a number, and what follows it.
+    for values in ([0.3], [0.2, 0.1, 0.0, 1.0, 7.0], [math.nan, 0.4, math.nan]):
+        for value in values:
+            assert compiled(kl=convert(value)).coef == eager(kl=value).coef
+        seen.append(len(made))
+    assert seen == graphs

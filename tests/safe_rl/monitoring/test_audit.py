@@ -107,7 +107,9 @@ def test_an_unfinished_last_line_is_no_fault(tmp_path):
 
 def test_the_chain_survives_a_cut_back_with_a_record_that_stays_behind_it(tmp_path):
     log = write_log(tmp_path / "log.jsonl")
+    dropped = log.last_chain()
     log.write({"record": "note", "text": "no step"})
+    assert log.after(1) == (3, dropped)
     assert log.truncate_to(1) == 3
     assert audit_log(log.path).records == 3
     log.write({"record": "update", "step": 1})

@@ -252,6 +252,23 @@ def streams(kind, count=2000, length=300):
 
 
 @pytest.mark.parametrize(
+    ("law", "name", "level", "fault"),
+    [
+        (RewardCrash(), "reward", 0.0, -20.0),
+        (COLLAPSE, "value", 1.0, 0.05),
+        (SURGE, "value", 1.0, 4.0),
+        (LossExplosion(), "loss", 1.0, 50.0),
+    ],
+    ids=["crash", "collapse", "surge", "explosion"],
+)
+def test_the_rate_counts_the_alarms_of_all_streams(law, name, level, fault):
+    """Without this a rate of 0 could come from the counting."""
+    values = level + 0.01 * streams("normal", count=40, length=60)
+    values[::2, 50:53] = fault
+    assert alarms_per_update(law, name, values) == pytest.approx(20 / (40 * 60))
+
+
+@pytest.mark.parametrize(
     ("kind", "most"), [("normal", 2e-5), ("heavy tails", 1e-4), ("correlated", 1e-3)]
 )
 def test_false_reward_alarms_on_level_noise_are_as_rare_as_stated(kind, most):

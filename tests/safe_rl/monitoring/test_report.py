@@ -269,6 +269,30 @@ def test_events_are_a_table_a_sentence_and_a_line_through_each_panel(tmp_path):
     assert "event" in [text.get_text() for text in figure.legends[0].get_texts()]
 
 
+def test_each_resume_is_a_row_and_a_sentence(tmp_path):
+    resume = {
+        "record": "resume",
+        "updates_done": 1,
+        "processes": 2,
+        "changed_versions": {"gguf": "0.1 -> <b>", "torch": "2.12 -> 2.13"},
+        "records_dropped": 3,
+        "last_dropped_chain": "cd" * 32,
+    }
+    same = resume | {"changed_versions": {}, "records_dropped": 0, "last_dropped_chain": ""}
+    write_log(tmp_path, update(0), resume, update(1), same)
+    page = Page(write_report(tmp_path)[0].read_text("utf-8"))
+    assert "Resumed 2 times, with other versions." in page.text
+    start = page.cells.index("other versions") + 3
+    assert [cell.strip() for cell in page.cells[start : start + 10]] == [
+        "1", "2", "gguf 0.1 -> <b>, torch 2.12 -> 2.13", "3", "cd" * 32,
+        "1", "2", "none", "0", "–",
+    ]  # fmt: skip
+
+
+def test_a_page_without_resumes_has_no_table_of_them(full):
+    assert "other versions" not in Page(full[1].read_text("utf-8")).cells
+
+
 def test_a_page_without_events_has_no_table_of_them(full):
     assert "detector" not in Page(full[1].read_text("utf-8")).cells
 

@@ -114,8 +114,12 @@ def test_stopped_and_resumed_log_equals_the_uninterrupted_one_byte_for_byte(tmp_
     whole = write_run(tmp_path / "whole.jsonl", range(6))
     # Killed after more updates than its last checkpoint holds.
     stopped = write_run(tmp_path / "stopped.jsonl", range(min(step + 2, 6)))
+    last = stopped.last_chain()
+    count, chain = stopped.after(step)
+    assert chain == last
     dropped = stopped.truncate_to(step)
-    assert dropped > 0
+    assert dropped == count > 0
+    assert stopped.after(step) == (0, "")
     assert all(record["step"] < step for record in RunLog.read(stopped.path) if "step" in record)
     if step == 0:
         assert RunLog.read(stopped.path) == [HEADER]
@@ -131,6 +135,7 @@ def test_truncating_beyond_the_end_or_without_a_file_changes_nothing(tmp_path):
     assert log.truncate_to(3) == 0
     assert log.path.read_bytes() == before
     assert RunLog(tmp_path / "none.jsonl").truncate_to(0) == 0
+    assert RunLog(tmp_path / "none.jsonl").after(0) == (0, "")
     assert not (tmp_path / "none.jsonl").exists()
 
 
@@ -180,6 +185,8 @@ def test_malformed_line_is_an_error_with_file_and_line(tmp_path, bad):
         RunLog.read(path)
     with pytest.raises(ValueError, match="line 2"):
         RunLog(path).truncate_to(0)
+    with pytest.raises(ValueError, match="line 2"):
+        RunLog(path).after(0)
     assert path.read_bytes() == content
 
 
@@ -210,6 +217,8 @@ def test_what_json_cannot_hold_is_refused_by_name_and_nothing_is_written(tmp_pat
 def test_negative_step_is_refused(tmp_path):
     with pytest.raises(ValueError, match="step must not be negative, got -1"):
         RunLog(tmp_path / "log.jsonl").truncate_to(-1)
+    with pytest.raises(ValueError, match="step must not be negative, got -1"):
+        RunLog(tmp_path / "log.jsonl").after(-1)
 
 
 def test_failed_replacement_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
