@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from safe_rl.sharded_tensors import divided_like, whole
+from safe_rl.sharded_tensors import divided_like, whole_on_cpu
 
 
 class Stateful(Protocol):
@@ -46,7 +46,7 @@ class TrainableParameters:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Name and value of each trained parameter."""
-        return {name: whole(parameter.detach()) for name, parameter in self._parameters.items()}
+        return {name: whole_on_cpu(p.detach()) for name, p in self._parameters.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         """Copy the values in place; nothing is copied unless all fit."""
@@ -82,7 +82,10 @@ class OptimizerState:
     def state_dict(self) -> dict[str, Any]:
         """Its ``state_dict``, all tensors whole."""
         held = self._optimizer.state_dict()
-        return {**held, "state": {i: _each_tensor(whole, s) for i, s in held["state"].items()}}
+        return {
+            **held,
+            "state": {i: _each_tensor(whole_on_cpu, s) for i, s in held["state"].items()},
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take it back, each rank its part."""

@@ -22,6 +22,16 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def whole_on_cpu(tensor: Tensor) -> Tensor:
+    """``whole``, and on the CPU where it was divided: no GPU is to hold the whole of all of them.
+
+    Example:
+        >>> whole_on_cpu(torch.ones(2))
+        tensor([1., 1.])
+    """
+    return whole(tensor).cpu() if isinstance(tensor, DTensor) else tensor
+
+
 def divided_like(tensor: Tensor, model: Tensor) -> Tensor:
     """This rank's part of a whole tensor, where ``model`` is divided; else the tensor itself.
 
