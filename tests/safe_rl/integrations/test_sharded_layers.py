@@ -3,6 +3,7 @@
 import os
 import socket
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
@@ -176,7 +178,9 @@ def on_rank(rank: int, port: int, folder: str) -> None:
         "ACCELERATE_USE_CPU": "true",
         "GLOO_SOCKET_IFNAME": "lo",
     }
-    accelerator = Accelerator(cpu=True)
+    # A rank that waits in vain is to fail, not to hang.
+    patience = InitProcessGroupKwargs(timeout=timedelta(minutes=1))
+    accelerator = Accelerator(cpu=True, kwargs_handlers=[patience])
     for kind, make in KINDS.items():
         own = Path(folder) / kind
         model = make()
