@@ -175,6 +175,12 @@ def _check_head(language_model: nn.Module, head: nn.Module) -> None:
     try:
         tokens = torch.arange(4, device=weight.device).unsqueeze(0)  # one may be the padding: zeros
         output = language_model(input_ids=tokens, output_hidden_states=True, use_cache=False)
+        if output.hidden_states is None:
+            # FSDP2 changes the class of modules, by whose name transformers knows what to return.
+            raise ValueError(
+                f"language_model must return hidden states, got none from a "
+                f"{type(language_model).__name__}: if it is sharded, do so after this is built"
+            )
         of_head = head(output.hidden_states[-1])
     finally:
         for module, training in modes:

@@ -2,11 +2,15 @@
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
+
+from safe_rl.sharded_tensors import divided_like, whole_on_cpu
 
 
 class Stateful(Protocol):
@@ -24,6 +28,8 @@ class Stateful(Protocol):
 class TrainableParameters:
     """The parameters of a module that are trained: the adapters, and not the frozen base.
 
+    Those that are divided over ranks are saved whole: every rank calls ``state_dict``.
+
     Args:
         module: Its parameters with ``requires_grad`` count.
 
@@ -40,7 +46,7 @@ class TrainableParameters:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Name and value of each trained parameter."""
-        return {name: parameter.detach() for name, parameter in self._parameters.items()}
+        return {name: whole_on_cpu(p.detach()) for name, p in self._parameters.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         """Copy the values in place; nothing is copied unless all fit."""
@@ -51,7 +57,54 @@ class TrainableParameters:
             raise ValueError(f"saved parameters are not those of this model; they differ in {odd}")
         with torch.no_grad():
             for name, parameter in self._parameters.items():
-                parameter.copy_(state_dict[name])
+                parameter.copy_(divided_like(state_dict[name], parameter))
+
+
+class OptimizerState:
+    """An optimizer in a checkpoint, its state whole where parameters are divided over ranks.
+
+    Of plain parameters it is the optimizer's own ``state_dict``. Of divided ones every rank calls
+    it, and what is saved loads on any number of ranks.
+
+    Args:
+        optimizer: Over the parameters as they are now; not over ones that are sharded later.
+
+    Example:
+        >>> layer = torch.nn.Linear(1, 1)
+        >>> state = OptimizerState(torch.optim.Adam(layer.parameters())).state_dict()
+        >>> sorted(state)
+        ['param_groups', 'state']
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its ``state_dict``, all tensors whole."""
+        held = self._optimizer.state_dict()
+        return {
+            **held,
+            "state": {i: _each_tensor(whole_on_cpu, s) for i, s in held["state"].items()},
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take it back, each rank its part."""
+        groups = self._optimizer.param_groups
+        parameters = dict(enumerate(p for group in groups for p in group["params"]))
+        state = {
+            place: _each_tensor(partial(_part_of, parameters[place]), values)
+            for place, values in state_dict["state"].items()
+        }
+        self._optimizer.load_state_dict({**state_dict, "state": state})
+
+
+def _each_tensor(function: Callable[[Tensor], Tensor], values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: function(v) if isinstance(v, Tensor) else v for k, v in values.items()}
+
+
+def _part_of(parameter: Tensor, value: Tensor) -> Tensor:
+    # Counts of steps are as they are.
+    return divided_like(value, parameter) if value.shape == parameter.shape else value
 
 
 class RandomStates:

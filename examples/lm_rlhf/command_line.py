@@ -37,6 +37,12 @@ def parse(argv: list[str] | None) -> tuple[Config, Path, bool]:
     parser.add_argument(
         "--vllm", type=float, metavar="SHARE", help="sample with vLLM, in this share of the GPU"
     )
+    parser.add_argument(
+        "--sharded",
+        action="store_true",
+        default=None,
+        help="divide the layers over the ranks of torchrun, with FSDP2",
+    )
     parser.add_argument("--checkpoint-every", type=int)
     parser.add_argument("--policy-learning-rate", type=float)
     parser.add_argument("--kl-coef", type=float, help="of the penalty; 0 switches it off")

@@ -44,6 +44,8 @@ class Config:
     """Sample with merged adapters: faster, for one more copy of the layers' weights in memory."""
     vllm: float | None = None
     """Share of the GPU's memory in which vLLM samples; None: without vLLM."""
+    sharded: bool = False
+    """Divide the layers, frozen weights and adapters, over the ranks of torchrun with FSDP2."""
 
     lora_rank: int = 16
     lora_alpha: int = 32
@@ -89,6 +91,11 @@ class Config:
             raise ValueError(
                 f"minibatch_size must divide batch_size, got {self.minibatch_size} and "
                 f"{self.batch_size}"
+            )
+        if self.sharded and self.merged_sampling:
+            raise ValueError(
+                "merged_sampling must be off where layers are sharded, since it reads whole "
+                "weights: add --no-merged-sampling"
             )
 
 

@@ -202,8 +202,8 @@ def memory(
         prompt_width: Tokens, padding included.
         gpus: 0: everything on the CPU. Else of how many this is one: the minibatch and the rollout
             are divided.
-        sharded: Weights, adapters, gradients and Adam are divided over the GPUs too, and gathered
-            a layer at a time, the next while one computes.
+        sharded: The layers, with their adapters, gradients and Adam, are divided over the GPUs
+            too, and gathered one at a time, the next while one computes.
 
     Raises:
         ValueError: the GPUs do not divide the minibatch, or there is nothing to shard over.
@@ -222,27 +222,27 @@ def memory(
     d, over = base_bytes(config), ranks if sharded else 1
     adapters = adapter_parameters(sizes, config)
     critic = critic_parameters(sizes, config)
-    trained = adapters + critic
+    trained = adapters // over + critic
     length = prompt_width + config.max_new_tokens
     rows, batch = config.minibatch_size // ranks, config.batch_size // ranks
     tokens = rows * config.max_new_tokens
     tile = min(tokens, GPU_TILE[0]) * GPU_TILE[1] * d if gpus else TILE_BYTES
-    # A gathered layer in both precisions, twice; embedding and head stay gathered.
+    # A gathered layer in both precisions, twice.
     gathered = 2 * (d * sizes.layer_parameters + 4 * adapters // sizes.layers)
-    gathered += d * sizes.embedding_parameters
     held = {
-        "weights": d * sizes.parameters // over,
-        "gathered layers, embedding, head": gathered if sharded else 0,
+        "layers": d * sizes.layers * sizes.layer_parameters // over,
+        "embedding, head": d * sizes.embedding_parameters,
+        "gathered layers": gathered if sharded else 0,
         "reference (adapters off)": 0,
         "merged copy for sampling": (
             d * sizes.layers * sizes.layer_parameters if config.merged_sampling else 0
         ),
         "adapters": 4 * adapters // over,
         "critic and target critic": 8 * critic,
-        "Adam": 8 * trained // over,
+        "Adam": 8 * trained,
         "copy of the trust region": 4 * adapters // over if config.trust_region_limit else 0,
         # DistributedDataParallel reduces gradients in buckets of its own.
-        "gradient buckets": 4 * trained if ranks > 1 and not sharded else 0,
+        "gradient buckets": 4 * (critic if sharded else trained) if ranks > 1 else 0,
     }
     cache = 2 * sizes.layers * sizes.key_heads * sizes.head_size * d
     sampling = {
@@ -256,9 +256,9 @@ def memory(
         "head": tokens * sizes.hidden * (d + 4) + tile,
     }
     step = {
-        "gradients": 4 * trained // over,
+        "gradients": 4 * trained,
         # On a GPU all square roots at once, on a CPU one parameter's.
-        "square roots of Adam": 4 * trained // over if gpus else 0,
+        "square roots of Adam": 4 * trained if gpus else 0,
     }
     return Memory(held=held, sampling=sampling, forward=forward, step=step)
 
@@ -292,7 +292,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--lora-rank", type=int)
     parser.add_argument("--prompt-width", type=int, default=32, help="tokens of a padded prompt")
     parser.add_argument("--gpus", type=int, default=0, help="0: all on the CPU")
-    parser.add_argument("--sharded", action="store_true", help="weights divided over the GPUs")
+    parser.add_argument("--sharded", action="store_true", help="layers divided over the GPUs")
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     config = CONFIGS[given.pop("config")]()
     names = ("prompt_width", "gpus", "sharded")

@@ -43,8 +43,9 @@ from safe_rl import (
     total_loss,
 )
 from safe_rl.causal_lm import CausalLMActorCritic
-from safe_rl.checkpoints import RandomStates, TrainableParameters, save_checkpoint
+from safe_rl.checkpoints import OptimizerState, RandomStates, TrainableParameters, save_checkpoint
 from safe_rl.integrations.accelerate import PerRank, any_rank, mean_over_ranks, shard
+from safe_rl.integrations.sharded_layers import shard_layers
 from safe_rl.integrations.transformers import Sampler
 from safe_rl.monitoring.audit import file_sha256, frozen_sha256
 from safe_rl.monitoring.interventions import LastGood
@@ -52,6 +53,7 @@ from safe_rl.monitoring.progress import RunProgress
 from safe_rl.monitoring.report import write_report
 from safe_rl.monitoring.text_metrics import distinct_ngrams
 from safe_rl.rollouts import left_pad, minibatches, pack_rollout, place_score
+from safe_rl.sharded_tensors import whole
 from safe_rl.trust_region import policy_kl
 
 ROW_TILE = 16
@@ -128,7 +130,9 @@ def train(config: Config, output: Path, *, resume: bool) -> Path:
         "prompts": file_sha256(config.prompts),
         "frozen_weights": frozen_sha256(policy.language_model),
     }
-    language_model = policy.language_model.to(device)
+    language_model = policy.language_model
+    if not config.sharded:
+        language_model.to(device)
     prompt_ids = tokenize_prompts(
         policy, prompts, system_message=config.system_message, room=config.max_new_tokens
     )
@@ -152,6 +156,10 @@ def train(config: Config, output: Path, *, resume: bool) -> Path:
     target_critic = copy.deepcopy(critic).requires_grad_(False)
     network = CausalLMActorCritic(language_model, critic, temperature=config.temperature)
     scorer = CausalLMActorCritic(language_model, target_critic, temperature=config.temperature)
+    if config.sharded:
+        # The layers then average their own gradients; the critic, small and whole, is wrapped.
+        shard_layers(language_model, accelerator)
+        network.critic = accelerator.prepare(critic)
     controller = Controller(config.kl_law if safe else config.kl_reward_law).to(device)
     controlled = (
         ControllerModule(controller)
@@ -189,7 +197,9 @@ def train(config: Config, output: Path, *, resume: bool) -> Path:
             {"params": heads, "lr": config.critic_learning_rate},
         ]
     )
-    objective, optimizer = accelerator.prepare(objective, optimizer)
+    if not config.sharded:
+        objective = accelerator.prepare(objective)
+    optimizer = accelerator.prepare(optimizer)
     # All ranks draw the same prompts in the same order, and different tokens.
     order = torch.Generator().manual_seed(config.seed)
     prompt_order = PromptOrder(len(prompts), order)
@@ -198,7 +208,7 @@ def train(config: Config, output: Path, *, resume: bool) -> Path:
         "adapters": TrainableParameters(language_model),
         "critic": critic,
         "target_critic": target_critic,
-        "optimizer": optimizer,
+        "optimizer": OptimizerState(optimizer),
         "controller": controller,
     }
     on_main = accelerator.is_main_process
@@ -299,7 +309,7 @@ def train(config: Config, output: Path, *, resume: bool) -> Path:
             clock["updating"] = time.perf_counter()
 
             # Log, in the units that the keys name.
-            whole = gather_rollout(accelerator, batch)
+            rollout = gather_rollout(accelerator, batch)
             ratios = accelerator.gather(torch.stack(seen.pop("ratio_max")))
             means = mean_over_ranks(
                 accelerator,
@@ -308,7 +318,7 @@ def train(config: Config, output: Path, *, resume: bool) -> Path:
             record = {
                 "record": "update",
                 "step": step,
-                **rollout_record(whole),
+                **rollout_record(rollout),
                 **controller_record(controller, safe=safe),
                 **means,
                 "ratio_max": ratios.max(),
@@ -362,8 +372,8 @@ def kl_of_update(scorer: nn.Module, batch: TensorDict, size: int) -> Tensor:
 
 
 def clip(parameters: list[nn.Parameter], limit: float) -> Tensor:
-    """Scale the gradient down to ``limit``; returns its norm before."""
-    return nn.utils.clip_grad_norm_(parameters, limit)
+    """Scale the gradient down to ``limit``; returns its norm before, of all ranks' parts."""
+    return whole(nn.utils.clip_grad_norm_(parameters, limit))
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from safe_rl.integrations.cached_decoding import CachedDecoder, ModelDecoder, read_prompts
 from safe_rl.integrations.llama_decoding import LlamaDecoder, is_llama_like
 from safe_rl.integrations.merged_linear import MergedAdapters
+from safe_rl.integrations.sharded_decoding import ShardedDecoder, is_sharded
 
 
 class Sampled(NamedTuple):
@@ -50,7 +51,9 @@ class Sampler:
     ended are computed no further, and a start that all prompts share is read once. LoRA adapters
     are merged into weights of the sampler's own, at each call; the model's weights are not written.
 
-    Llama and Qwen2 models run through ``LlamaDecoder``, all others through their own forward.
+    Llama and Qwen2 models run through ``LlamaDecoder``, all others through their own forward. Where
+    FSDP2 has sharded the model, all ranks sample together, each its own rows, adapters in place; a
+    rank whose responses have ended goes on until those of all have.
 
     Args:
         language_model: In evaluation mode; it takes ``position_ids``. With peft, the model inside
@@ -76,6 +79,7 @@ class Sampler:
 
     def __init__(self, language_model: PreTrainedModel, *, merged: bool = True) -> None:
         self.language_model = language_model
+        self.merged = merged
         self._llama = (
             LlamaDecoder(language_model) if merged and is_llama_like(language_model) else None
         )
@@ -112,8 +116,8 @@ class Sampler:
 
         Raises:
             ValueError: the mask is not one of left padding, a number is out of range, prompt and
-                response do not fit the model's context, the model is in training mode, or its
-                logits are not finite.
+                response do not fit the model's context, the model is in training mode or sharded
+                and its adapters to be merged, or its logits are not finite.
         """
         self._check(prompt, prompt_mask, max_new_tokens, temperature)
         # One row of random numbers per step, drawn at once. Float64: a cumulative sum in float32
@@ -157,6 +161,10 @@ class Sampler:
         elif self._adapters is not None:
             with self._adapters.in_place():
                 yield ModelDecoder(self.language_model)
+        elif is_sharded(self.language_model):
+            sharded = ShardedDecoder(self.language_model)
+            yield sharded
+            sharded.finish()
         else:
             yield ModelDecoder(self.language_model)
 
@@ -176,6 +184,10 @@ class Sampler:
             raise ValueError(f"temperature must be positive, got {temperature}")
         if self.language_model.training:
             raise ValueError("language_model must be in evaluation mode: call .eval()")
+        if self.merged and is_sharded(self.language_model):
+            raise ValueError(
+                "merged must be False for a sharded language_model: merging reads whole weights"
+            )
         context = getattr(self.language_model.config, "max_position_embeddings", None)
         longest = int(prompt_mask.sum(1).max())
         if context is not None and longest + max_new_tokens > context:

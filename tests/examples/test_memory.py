@@ -96,7 +96,9 @@ def test_weights_adapters_and_critic_have_the_bytes_of_a_real_model(
     sizes = model.read_sizes(architecture)
     network = build(architecture, config)
     held = model.memory(config, sizes, prompt_width=PROMPT).held
-    assert held["weights"] == size(p for p in network.parameters() if not p.requires_grad)
+    assert held["layers"] + held["embedding, head"] == size(
+        p for p in network.parameters() if not p.requires_grad
+    )
     assert held["adapters"] == size(p for p in network.parameters() if p.requires_grad)
     critic = SoftMinCritic(sizes.hidden, num_heads=config.critic_heads)
     assert held["critic and target critic"] == 2 * size(critic.parameters())
@@ -199,13 +201,20 @@ def test_gpus_divide_rows_and_shards_divide_weights() -> None:
     whole = model.memory(config, sizes, prompt_width=32, gpus=8)
     shard = model.memory(config, sizes, prompt_width=32, gpus=8, sharded=True)
     assert one.forward["activations"] == 8 * whole.forward["activations"]
-    assert one.held["weights"] == whole.held["weights"]
-    for part in ("weights", "adapters", "Adam", "copy of the trust region"):
+    assert one.held["layers"] == whole.held["layers"]
+    for part in ("layers", "adapters", "copy of the trust region"):
         assert shard.held[part] == whole.held[part] // 8
+    # Embedding and head, which here are one, and the critic are held by each.
+    for part in ("embedding, head", "critic and target critic"):
+        assert shard.held[part] == whole.held[part]
+    critic = whole.held["critic and target critic"] // 2
+    assert shard.held["gradient buckets"] == critic
+    assert shard.held["Adam"] == (whole.held["Adam"] - 2 * critic) // 8 + 2 * critic
     assert whole.held["gradient buckets"] == whole.step["gradients"]
     assert shard.peak < whole.peak < one.peak + whole.held["gradient buckets"]
-    # The largest thing gathered is embedding and head, which here are one.
-    assert shard.held["gathered layers, embedding, head"] > 2 * 151_936 * 2048
+    # Two layers of 36, whole, with their adapters in float32.
+    layers = 8 * (shard.held["layers"] + shard.held["adapters"])
+    assert shard.held["gathered layers"] == pytest.approx(2 * layers / 36, rel=1e-6)
 
 
 def test_other_architectures_and_uneven_gpus_are_refused() -> None:
@@ -229,7 +238,8 @@ def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
         if len(cells) > 3
     }
     # 3,085,938,688 parameters of two bytes, 239,468,544 of four.
-    assert float(rows["weights"][0]) == pytest.approx(5.748, abs=5e-4)
+    weights = float(rows["layers"][0]) + float(rows["embedding, head"][0])
+    assert weights == pytest.approx(5.748, abs=1e-3)
     assert float(rows["adapters"][0]) == pytest.approx(0.892, abs=5e-4)
     assert float(rows["peak"][0]) > float(rows["peak"][1])  # PPO has one critic head less
     assert "merged copy for sampling" not in rows

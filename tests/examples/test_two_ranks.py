@@ -1,7 +1,9 @@
 """The example loop on two processes, started as its user starts it."""
 
 import dataclasses
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,16 +27,25 @@ from tests.tiny_models import save_language_model
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-SIZES = ["--batch-size", "4", "--minibatch-size", "2", "--max-new-tokens", "8"]
+SIZES = ["--batch-size", "4", "--minibatch-size", "2", "--max-new-tokens", "8", "--threads", "1"]
+# The first update goes beyond the trust region and is taken back.
+RATE = ["--policy-learning-rate", "0.012"]
+SHARDED = ["--sharded", "--no-merged-sampling", "--checkpoint-every", "2"]
 
 
 class Runs(NamedTuple):
-    """Three updates at once, and two with the third after a resume; by two ranks each."""
+    """Three updates at once, and two with the third after a resume; by two ranks each.
+
+    First with a copy of the model on each rank, then with its layers divided; there the resume is
+    of the folder as it was after two.
+    """
 
     model: Path
     arguments: list[str]
     whole: Path
     cut: Path
+    sharded: Path
+    sharded_cut: Path
 
 
 def two_ranks(
@@ -56,15 +67,21 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     model = save_language_model(folder / "model", chat=True)
     prompts = folder / "prompts.txt"
     prompts.write_text("tell me about a day\na rainy meeting\na good street\nlove\nbad day\n")
-    arguments = ["--model", str(model), "--prompts", str(prompts), *SIZES]
+    arguments = ["--model", str(model), "--prompts", str(prompts), *SIZES, *RATE]
     for output, *more in (
         ("whole", "--steps", "3"),
         ("cut", "--steps", "2"),
         ("cut", "--steps", "3", "--resume"),
+        ("sharded", "--steps", "3", *SHARDED),
+        # As it was after two updates: killed, for what is on disk.
+        ("sharded_cut", "--steps", "3", *SHARDED, "--resume"),
     ):
+        if output == "sharded_cut":
+            shutil.copytree(folder / "sharded-ranks" / "run_step2", folder / output)
         done = two_ranks(folder / output, *arguments, *more)
         assert done.returncode == 0, done.stderr
-    return Runs(model, arguments, folder / "whole", folder / "cut")
+    outputs = (folder / name for name in Runs._fields[2:])
+    return Runs(model, arguments, *outputs)
 
 
 def held(output: Path, rank: int, what: str) -> Any:
@@ -110,17 +127,57 @@ def test_the_ranks_draw_different_tokens(runs: Runs) -> None:
         assert_close(first[key], second[key], rtol=0, atol=0)
 
 
-def test_stopped_and_resumed_equals_uninterrupted(runs: Runs) -> None:
-    assert updates(runs.cut) == updates(runs.whole)
+@pytest.mark.parametrize("way", ["", "sharded"])
+def test_stopped_and_resumed_equals_uninterrupted(way: str, runs: Runs) -> None:
+    at_once, stopped = (runs.sharded, runs.sharded_cut) if way else (runs.whole, runs.cut)
+    assert updates(stopped) == updates(at_once)
     for rank in range(2):
-        assert_close(held(runs.cut, rank, "step3"), held(runs.whole, rank, "step3"), rtol=0, atol=0)
+        assert_close(held(stopped, rank, "step3"), held(at_once, rank, "step3"), rtol=0, atol=0)
     whole, cut = (
         torch.load(output / "checkpoint.pt", weights_only=True)["parts"]["random"]["ranks"]
-        for output in (runs.whole, runs.cut)
+        for output in (at_once, stopped)
     )
     assert len(whole) == 2
     assert_close(whole, cut, rtol=0, atol=0)
     assert (whole[0]["torch"] != whole[1]["torch"]).any()
+
+
+def test_sharded_equals_copies(runs: Runs) -> None:
+    for rank in range(2):
+        copy, part = (held(output, rank, "piece") for output in (runs.whole, runs.sharded))
+        assert torch.equal(part["tokens"]["response"], copy["tokens"]["response"])
+        for count in (28, 10):
+            gradients = (held(output, rank, f"gradients{count}") for output in runs[2:5:2])
+            assert_close(*gradients, rtol=1e-5, atol=1e-6)
+        copy, part = (held(output, rank, "step3") for output in (runs.whole, runs.sharded))
+        # Its checkpoints are more.
+        assert (copy.pop("last_good"), part.pop("last_good")) == ({"step": 0}, {"step": 2})
+        assert_close(part, copy, rtol=1e-5, atol=1e-5)
+    copies, parts = ([json.loads(line) for line in updates(o)] for o in (runs.whole, runs.sharded))
+    assert [record["update_scale"] for record in parts] == [0, 1, 1]
+    for copy, part in zip(copies, parts, strict=True):
+        assert copy.pop("phase") == part.pop("phase")
+        assert copy.pop("record") == part.pop("record")
+        assert part == pytest.approx(copy, rel=1e-5, abs=1e-5)
+
+
+def test_each_rank_holds_half_of_each_layer(runs: Runs) -> None:
+    first, second = (held(runs.sharded, rank, "parts") for rank in range(2))
+    for name, (here, of) in first.items():
+        assert (here, second[name][0]) == ((of / 2, of / 2) if ".layers." in name else (of, of))
+    assert sum(".layers." in name for name in first) > len(first) - 4
+
+
+def test_sharded_needs_ranks_and_whole_weights_nowhere(runs: Runs, capsys) -> None:
+    output = runs.whole.with_name("alone")
+    arguments = ["--output", str(output), *runs.arguments]
+    for more, message in (
+        (["--sharded"], "error: merged_sampling must be off where layers are sharded"),
+        (SHARDED, "error: sharding needs at least 2 processes, got 1: start them with torchrun"),
+    ):
+        assert example.main([*arguments, *more]) == 2
+        assert message in capsys.readouterr().err
+        assert not output.exists()
 
 
 def test_the_first_gradient_is_that_of_one_process_on_both_shares(runs: Runs) -> None:

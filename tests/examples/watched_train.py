@@ -4,28 +4,36 @@ torchrun --nproc-per-node 2 -m tests.examples.watched_train FOLDER --output RUN 
 """
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from tensordict import TensorDict
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from examples.lm_rlhf import train as example
+from safe_rl.sharded_tensors import whole
 
 
 def watch(folder: Path) -> None:
-    """Write the states at each checkpoint, and the first minibatch with its gradients."""
+    """Write states and folder at each checkpoint, the first minibatch, its gradients, the parts."""
     rank = os.environ["RANK"]
     save_checkpoint, minibatches, clip = example.save_checkpoint, example.minibatches, example.clip
+    shard_layers = example.shard_layers
 
     def save(path: Path, step: int, parts: dict[str, Any], *, write: bool) -> None:
         save_checkpoint(path, step, parts, write=write)
         # The random states are of all ranks already.
         states = {name: part.state_dict() for name, part in parts.items() if name != "random"}
         torch.save(states, folder / f"rank{rank}_step{step}.pt")
+        if write:
+            shutil.copytree(path.parent, folder / f"run_step{step}")
 
     def cut(batch: TensorDict, **settings: Any) -> Iterator[TensorDict]:
         for piece in minibatches(batch, **settings):
@@ -36,10 +44,19 @@ def watch(folder: Path) -> None:
     def clipped(parameters: list[nn.Parameter], limit: float) -> Tensor:
         path = folder / f"rank{rank}_gradients{len(parameters)}.pt"
         if not path.exists():
-            torch.save([parameter.grad for parameter in parameters], path)
+            torch.save([whole(parameter.grad) for parameter in parameters], path)
         return clip(parameters, limit)
 
+    def sharded(language_model: PreTrainedModel, accelerator: Accelerator) -> None:
+        shard_layers(language_model, accelerator)
+        parts = {
+            name: (p.to_local().numel() if isinstance(p, DTensor) else p.numel(), p.numel())
+            for name, p in language_model.named_parameters()
+        }
+        torch.save(parts, folder / f"rank{rank}_parts.pt")
+
     example.save_checkpoint, example.minibatches, example.clip = save, cut, clipped
+    example.shard_layers = sharded
 
 
 if __name__ == "__main__":
