@@ -42,7 +42,7 @@ def make_engine(
     [lora] = policy.peft_model.peft_config.values()
     assert isinstance(lora, LoraConfig)
     llm = LLM(
-        str(_base_weights(config, policy, output / "vllm" / "base")),
+        str(base_weights(config, policy, output / "vllm" / "base")),
         skip_tokenizer_init=True,
         dtype=config.dtype,
         seed=config.seed,
@@ -56,7 +56,7 @@ def make_engine(
     return VLLMEngine(policy.peft_model, llm, output / "vllm" / "adapters")
 
 
-def _base_weights(config: Config, policy: Policy, folder: Path) -> Path | str:
+def base_weights(config: Config, policy: Policy, folder: Path) -> Path | str:
     """Where vLLM reads the frozen weights: the model's own place, else they are written once."""
     if not config.random_weights and config.model != PACKAGED_SMOLLM2:
         return config.model

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from examples.lm_rlhf.command_line import parse
 from examples.lm_rlhf.config import Config
+from examples.lm_rlhf.engine import make_engine
 from examples.lm_rlhf.guard import Guard, RunStoppedError
 from examples.lm_rlhf.models import load_policy, read_prompts, tokenize_prompts
 from examples.lm_rlhf.rewards import classifier_reward, vader_reward
@@ -46,7 +47,6 @@ from safe_rl.causal_lm import CausalLMActorCritic
 from safe_rl.checkpoints import OptimizerState, RandomStates, TrainableParameters, save_checkpoint
 from safe_rl.integrations.accelerate import PerRank, any_rank, mean_over_ranks, shard
 from safe_rl.integrations.sharded_layers import shard_layers
-from safe_rl.integrations.transformers import Sampler
 from safe_rl.monitoring.audit import file_sha256, frozen_sha256
 from safe_rl.monitoring.interventions import LastGood
 from safe_rl.monitoring.progress import RunProgress
@@ -147,7 +147,13 @@ def train(config: Config, output: Path, *, resume: bool) -> Path:
     hashes["reward_model"] = reward.sha256
 
     safe = config.algorithm == "safe"
-    sampler = Sampler(language_model, merged=config.merged_sampling)
+    engine = make_engine(
+        config,
+        policy,
+        longest=longest + config.max_new_tokens,
+        processes=accelerator.num_processes,
+        output=output,
+    )
     critic = SoftMinCritic(
         language_model.config.hidden_size,
         num_heads=config.critic_heads if safe else 1,
@@ -246,7 +252,7 @@ def train(config: Config, output: Path, *, resume: bool) -> Path:
                 [prompt_ids[i] for i in drawn], width=prompt_width, pad_id=policy.pad_id
             )
             prompt, prompt_mask = prompt.to(device), prompt_mask.to(device)
-            response = sampler.sample(
+            response = engine.sample(
                 prompt,
                 prompt_mask,
                 max_new_tokens=config.max_new_tokens,

@@ -1,5 +1,6 @@
 """The engine against the installed vLLM (its build for a CPU), on a tiny model."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -13,7 +14,13 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from vllm import LLM
 
+from examples.lm_rlhf.config import tiny
+from examples.lm_rlhf.engine import base_weights
+from examples.lm_rlhf.models import Policy, with_adapters
+from examples.lm_rlhf.train import train
 from safe_rl.integrations.vllm import VLLMEngine
+from safe_rl.monitoring import RunLog
+from tests.tiny_models import tokenizer
 
 # What vLLM warns of itself, at import and at start.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -165,3 +172,36 @@ def test_what_it_cannot_do_is_refused(policy, engine, tmp_path) -> None:
         VLLMEngine(peft_model, make_llm(folder, enable_lora=False), tmp_path)
     with pytest.raises(ValueError, match=r"processed_logprobs.*raw_logprobs"):
         VLLMEngine(peft_model, make_llm(folder, logprobs_mode="raw_logprobs"), tmp_path)
+
+
+def test_the_example_samples_with_it(tmp_path, monkeypatch) -> None:
+    words = tokenizer()
+    words.save_pretrained(tmp_path / "model")
+    model = config()
+    model.vocab_size = len(words)
+    LlamaForCausalLM(model).save_pretrained(tmp_path / "model")
+    drawn = []
+    sample = VLLMEngine.sample
+    monkeypatch.setattr(
+        VLLMEngine, "sample", lambda *given, **named: drawn.append(1) or sample(*given, **named)
+    )
+    settings = dataclasses.replace(tiny(str(tmp_path / "model")), vllm=0.3, steps=2)
+    train(settings, tmp_path / "run", resume=False)
+    log = RunLog.read(tmp_path / "run" / "log.jsonl")
+    updates = [record for record in log if record["record"] == "update"]
+    assert len(updates) == len(drawn) == 2
+    # The reference is the policy before the first update, and scores are those of the loop.
+    assert updates[0]["kl_nats_per_token"] == pytest.approx(0.0, abs=1e-5)
+    assert abs(updates[1]["kl_nats_per_token"]) > 1e-5
+
+
+def test_weights_in_no_folder_are_written_for_it(tmp_path) -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config()).eval()
+    ids = torch.arange(2, 10)[None]
+    expected = model(ids).logits
+    settings = dataclasses.replace(tiny("any"), random_weights=True)
+    policy = Policy(with_adapters(model, settings), tokenizer(), torch.tensor([EOS]), PAD)
+    shake(policy.peft_model, 7)
+    folder = base_weights(settings, policy, tmp_path / "base")
+    torch.testing.assert_close(LlamaForCausalLM.from_pretrained(folder)(ids).logits, expected)
