@@ -27,6 +27,7 @@ OTHERS = {
         "tests/safe_rl/integrations/test_openrlhf.py",
     ],
     "ray": ["tests/safe_rl/integrations/test_ray.py"],
+    "vllm": ["tests/safe_rl/integrations/test_vllm.py"],
     "triton": ["safe_ops/_linear_kernels.py", "safe_ops/_scan_kernel.py"],
     "cut_cross_entropy": [
         "tests/benchmarks/bench_gpu.py",
