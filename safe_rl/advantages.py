@@ -112,6 +112,11 @@ class SoftMinGAE(ValueEstimatorBase):
         for name, value in {"discount": discount, "gae_lambda": gae_lambda}.items():
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {value}")
+        if value_network is not None and not isinstance(value_network, TensorDictModuleBase):
+            raise ValueError(
+                "value_network must be a TensorDict module, with in_keys and out_keys, got "
+                f"{type(value_network).__name__}; None reads the values from the batch"
+            )
         if shifted and value_network is None:
             raise ValueError("shifted must come with a value_network: it is a way of calling one")
         self.temperature = temperature
