@@ -9,7 +9,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictParams, dispatch
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
-from torchrl.objectives import LossModule, ValueEstimators
+from torchrl.objectives import ValueEstimators
 from torchrl.objectives.value import ValueEstimatorBase
 
 from safe_ops import masked_sum
@@ -21,11 +21,12 @@ from safe_rl.keys import (
     dense,
     read_mask,
 )
+from safe_rl.objectives.settings import SettableLoss
 
 Reduction = Literal["mean", "sum", "none"]
 
 
-class Objective(LossModule):
+class Objective(SettableLoss):
     """A loss on a batch: ``loss_*`` entries whose sum is the loss, and detached diagnostics.
 
     Losses are sums over the tokens that count, divided by the tokens of the whole rollout: its
@@ -83,8 +84,6 @@ class Objective(LossModule):
         delay_value: bool = False,
     ) -> None:
         super().__init__()
-        if reduction not in ("mean", "sum", "none"):
-            raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
         self.reduction = reduction
         self._functional = functional and network is not None
         if self._functional:
@@ -97,6 +96,17 @@ class Objective(LossModule):
             self._has_update_associated["critic"] = False
         self._set_in_keys()
         self.out_keys = list(self.writes)
+
+    @property
+    def reduction(self) -> Reduction:
+        """See the class."""
+        return self._reduction
+
+    @reduction.setter
+    def reduction(self, reduction: Reduction) -> None:
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+        self._reduction: Reduction = reduction
 
     @property
     def functional(self) -> bool:
