@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torchrl.modules.distributions import has_analytic_entropy
 
-from safe_rl.keys import KeyedModule, read
+from safe_rl.keys import RESPONSE_MASK, KeyedModule, padded, read
 
 
 class ActorCritic(KeyedModule):
@@ -170,6 +170,7 @@ class Scores(TensorDictModuleBase):
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Run the network on what it reads and keep what ``names`` lists."""
+        tensordict = padded(tensordict, mask=RESPONSE_MASK)
         scored = self.network(tensordict.select(*self.in_keys))
         for key, name in self.names.items():
             tensordict.set(name, scored.get(key))

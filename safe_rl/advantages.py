@@ -20,6 +20,7 @@ from safe_rl.controllers import sum_over_ranks
 from safe_rl.keys import (
     RESPONSE_MASK,
     at_least_float32,
+    padded,
     read_heads,
     read_mask,
     read_per_token,
@@ -168,6 +169,7 @@ class SoftMinGAE(ValueEstimatorBase):
             time_dim: See the class.
         """
         keys = self.tensor_keys
+        tensordict = padded(tensordict, mask=keys.response_mask)
         mask = read_mask(tensordict, keys.response_mask, like=keys.reward)
         time = self._time(mask, tensordict, self.time_dim if time_dim is None else time_dim)
         reward = read_per_token(tensordict, keys.reward, mask)

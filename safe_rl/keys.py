@@ -40,12 +40,22 @@ target critic's at the rollout and the network's in the loss, unless the loss cl
 In a batch of an environment, [N] frames or [B, T] steps as TorchRL's collectors give them, every
 step counts unless a mask says otherwise, and ``response_mask`` may be missing. A batch [B] of
 sequences needs it: there an entry cannot tell its tokens from its padding.
+
+Of lazily stacked rows of unequal lengths a module that writes into the batch returns a padded copy,
+with what it wrote; the rows are left as they are.
 """
 
 from typing import Any
 
 import torch
-from tensordict import LazyStackedTensorDict, TensorDict, TensorDictBase
+from tensordict import (
+    LazyStackedTensorDict,
+    NonTensorData,
+    NonTensorStack,
+    TensorDict,
+    TensorDictBase,
+    is_leaf_nontensor,
+)
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor
@@ -149,6 +159,51 @@ def dense(batch: TensorDictBase, keys: list[NestedKey], *, mask: NestedKey) -> T
         stacked = _stack_padded(values, batch.stack_dim, left=key in LEFT_PADDED)
         padded.set(key, stacked)
     return padded
+
+
+def padded(batch: TensorDictBase, *, mask: NestedKey) -> TensorDictBase:
+    """All of a batch, padded where its rows are ragged; else the batch itself.
+
+    What a module that writes into the batch begins with: of ragged rows it returns another batch,
+    a dense one. An entry that some rows lack is left out, and text of every step.
+
+    Args:
+        batch: Any; rows of unequal lengths, stacked lazily, are padded as ``dense`` pads them.
+        mask: Key of the mask.
+
+    Example:
+        >>> from tensordict import TensorDict, lazy_stack
+        >>> rows = [TensorDict({"x": torch.ones(n)}, []) for n in (1, 2)]
+        >>> padded(lazy_stack(rows), mask="mask")["x"]
+        tensor([[1., 0.],
+                [1., 1.]])
+    """
+    if not isinstance(batch, LazyStackedTensorDict) or not _is_ragged(batch):
+        return batch
+    found = dense(batch, list(batch.keys(True, True)), mask=mask)
+    for key in batch.keys(True, True, is_leaf=is_leaf_nontensor):
+        if found.get(key, None) is None and -1 not in batch.batch_size:
+            text = batch.get(key)
+            if isinstance(text, (NonTensorData, NonTensorStack)):
+                found.set(key, text)
+    if any(batch.names):
+        found.names = batch.names
+    return found
+
+
+def _is_ragged(batch: TensorDictBase) -> bool:
+    if not isinstance(batch, LazyStackedTensorDict):
+        return False
+    if -1 in batch.batch_size:
+        return True
+    rows = batch.unbind(batch.stack_dim)
+    if any(_is_ragged(row) for row in rows):
+        return True
+    return any(
+        row.get(key).shape != rows[0].get(key).shape
+        for key in batch.keys(True, True)
+        for row in rows[1:]
+    )
 
 
 def _stack_padded(values: list[Tensor], dim: int, *, left: bool) -> Tensor:
