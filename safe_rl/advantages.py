@@ -20,6 +20,7 @@ from safe_rl.controllers import sum_over_ranks
 from safe_rl.keys import (
     RESPONSE_MASK,
     at_least_float32,
+    every_step,
     padded,
     read_heads,
     read_mask,
@@ -58,7 +59,8 @@ class SoftMinGAE(ValueEstimatorBase):
             inside a row is then not seen: that step is left out (``shifted_valid``, which the
             objectives read) and the one before it bootstraps.
         time_dim: Dimension of the mask that is time, after it those of single steps. None: the
-            one named "time", or the last of at least two.
+            one named "time", or the last of at least two. Given, it says too that every step
+            counts where there is no mask, though the batch be [B] and its entries [B, T, 1].
 
     Raises:
         ValueError: a value is out of range, a key is missing or of the wrong shape, nothing tells
@@ -170,8 +172,9 @@ class SoftMinGAE(ValueEstimatorBase):
         """
         keys = self.tensor_keys
         tensordict = padded(tensordict, mask=keys.response_mask)
-        mask = read_mask(tensordict, keys.response_mask, like=keys.reward)
-        time = self._time(mask, tensordict, self.time_dim if time_dim is None else time_dim)
+        time_dim = self.time_dim if time_dim is None else time_dim
+        mask = self._mask(tensordict, time_dim)
+        time = self._time(mask, tensordict, time_dim)
         reward = read_per_token(tensordict, keys.reward, mask)
         terminated = read_per_token(tensordict, keys.terminated, mask)
         truncated = self._truncated(tensordict, mask)
@@ -238,6 +241,13 @@ class SoftMinGAE(ValueEstimatorBase):
         )
         return found.get(self.tensor_keys.value_target)
 
+    def _mask(self, batch: TensorDictBase, time_dim: int | None) -> Tensor:
+        """A time that is named says that the entries' dimensions are steps: without a mask, all."""
+        key, reward = self.tensor_keys.response_mask, self.tensor_keys.reward
+        if time_dim is not None and batch.get(key, None) is None:
+            return every_step(batch, reward)
+        return read_mask(batch, key, like=reward, way_out=", or time_dim=1")
+
     def _time(self, mask: Tensor, batch: TensorDictBase, time_dim: int | None) -> int:
         if time_dim is not None:
             if not -mask.ndim <= time_dim < mask.ndim:
@@ -297,6 +307,8 @@ class SoftMinGAE(ValueEstimatorBase):
             if self.shifted:
                 if target_params is not None and target_params is not params:
                     raise ValueError("shifted is one forward: give params or target_params")
+                # Of a batch [B] the steps are no dimensions to cut and join along.
+                seen.batch_size = after.batch_size = mask.shape
                 last = after.narrow(time, after.shape[time] - 1, 1)
                 states = torch.cat([seen, last], time)
                 values = self._run(network, states, params).get(keys.state_values)

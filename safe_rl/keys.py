@@ -95,13 +95,16 @@ def at_least_float32(value: Tensor) -> Tensor:
     return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
-def read_mask(batch: TensorDictBase, key: NestedKey, *, like: NestedKey) -> Tensor:
+def read_mask(
+    batch: TensorDictBase, key: NestedKey, *, like: NestedKey, way_out: str = ""
+) -> Tensor:
     """The mask of the steps that count; all, where the batch dimensions are the steps themselves.
 
     Args:
         batch: With ``key``, or with one entry a step: [N] or [B, T].
         key: Of the mask.
         like: An entry of the shape of the mask, which tells steps from sequences.
+        way_out: What else the caller takes in the place of a mask, for the message.
 
     Raises:
         ValueError: it is missing in a batch of sequences, or is not bool.
@@ -117,10 +120,36 @@ def read_mask(batch: TensorDictBase, key: NestedKey, *, like: NestedKey) -> Tens
         shape = batch.batch_size
         if shape and steps.shape in (shape, (*shape, 1)):
             return torch.ones(shape, dtype=torch.bool, device=steps.device)
-        mask = read(batch, key)
+        present = sorted(map(str, batch.keys(True, True)))
+        size = list(every_step(batch, like).shape)
+        raise ValueError(
+            f"batch must hold {key!r}, got {present}: {like!r} is {tuple(steps.shape)} in a batch "
+            f"{list(shape)}, and its rows may end in padding. Give {key!r} {size}; or, where every "
+            f"step counts, batch_size={size}{way_out}"
+        )
     if mask.dtype != torch.bool:
         raise ValueError(f"{key!r} must be bool (True = counts), got {mask.dtype}")
     return mask
+
+
+def every_step(batch: TensorDictBase, like: NestedKey) -> Tensor:
+    """The mask where all steps of an entry count, though the batch dimensions are fewer.
+
+    A last dimension of one is no step, unless it is a batch dimension.
+
+    Raises:
+        ValueError: there is no such entry.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> every_step(TensorDict({"reward": torch.ones(2, 3, 1)}, [2]), "reward").shape
+        torch.Size([2, 3])
+    """
+    steps = read(batch, like)
+    shape = steps.shape
+    if len(shape) > batch.ndim and shape[-1] == 1:
+        shape = shape[:-1]
+    return torch.ones(shape, dtype=torch.bool, device=steps.device)
 
 
 def dense(batch: TensorDictBase, keys: list[NestedKey], *, mask: NestedKey) -> TensorDictBase:

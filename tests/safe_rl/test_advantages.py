@@ -383,9 +383,47 @@ def test_an_ambiguous_layout_is_refused():
     estimate = SoftMinGAE(value_network=critic(2))
     with pytest.raises(ValueError, match=r"which dimension of \(12,\) is time\?"):
         estimate(observed().reshape(-1))
-    rows = TensorDict({k: v for k, v in rollout().items() if k != "response_mask"}, [4])
-    with pytest.raises(ValueError, match="batch must hold 'response_mask'"):
+    rows = rollout().exclude("response_mask")
+    message = (
+        r"batch must hold 'response_mask'.*'reward' is \(4, 5, 1\) in a batch \[4\].*Give "
+        r"'response_mask' \[4, 5\]; or, where every step counts, batch_size=\[4, 5\], or time_dim=1"
+    )
+    with pytest.raises(ValueError, match=message):
         SoftMinGAE()(rows)
+    # A loss has no time to be told.
+    message = r"'old_log_prob' is \(4, 5\) in a batch \[4\].*batch_size=\[4, 5\]$"
+    with pytest.raises(ValueError, match=message):
+        ClippedPolicyLoss()(make_batch().exclude("response_mask"))
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("time_dim", [1, -1])
+def test_a_time_that_is_given_says_that_every_step_counts(time_dim, shifted):
+    """[B, T, 1] in a batch [B], where TorchRL's GAE wants a time_dim too."""
+    arguments = {"value_network": critic(2), "discount": 0.9, "shifted": shifted}
+    expected = SoftMinGAE(**arguments)(observed())
+    rows = TensorDict(observed().to_dict(), [2])
+    for estimate, given in (
+        (SoftMinGAE(**arguments), time_dim),
+        (SoftMinGAE(time_dim=time_dim, **arguments), None),
+    ):
+        found = estimate(rows.copy(), time_dim=given)
+        assert found.batch_size == (2,)
+        for key in estimate.out_keys:
+            assert_close(found[key], expected[key])
+    # A mask says more than the time.
+    rows["response_mask"] = torch.arange(6) < torch.tensor([[6], [4]])
+    rows["next", "done"][1, 3] = rows["next", "truncated"][1, 3] = True
+    masked = SoftMinGAE(**arguments)(rows, time_dim=time_dim)
+    assert not masked["advantage"][1, 4:].any()
+
+
+def test_rows_of_one_step():
+    one = TensorDict({k: v[:, :1] for k, v in rollout().items() if k != "response_mask"}, [4])
+    one["terminated"] = torch.ones(4, 1, 1, dtype=torch.bool)
+    found = SoftMinGAE(average_gae=False)(one, time_dim=1)
+    value = soft_min(one["state_values"], 0.3)
+    assert_close(found["advantage"].squeeze(-1), one["reward"].squeeze(-1) - value)
 
 
 def test_done_stands_in_for_truncated():
