@@ -8,6 +8,11 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
 from safe_ops import TokenLogProbs, linear_log_probs, token_log_probs
+from safe_rl.image_positions import (
+    PATCHES,
+    as_the_model_takes_them,
+    positions_are_the_models,
+)
 from safe_rl.keys import read
 
 
@@ -40,12 +45,15 @@ class CausalLMActorCritic(TensorDictModuleBase):
         critic: [..., H] -> [..., K].
         temperature: Of the sampling.
         model_inputs: More arguments of the backbone's forward, each with its key in the batch, [B,
-            ...] each: ``{"pixel_values": "pixel_values"}``. ``"position_ids"`` among them takes the
-            place of our own, which count the tokens from the first that is no padding: not what a
-            model with positions in three dimensions means.
+            ...] each: ``{"pixel_values": "pixel_values"}``. A model with positions in three
+            dimensions (Qwen2-VL) makes them itself and takes ``pixel_values`` [B, N, D],
+            ``image_grid_thw`` [B, 3] or [B, I, 3], and ``mm_token_type_ids`` [B, P], which without
+            videos are read off the prompt. ``"position_ids"`` among them ([B, P + T], or [B, 3, P +
+            T]) takes the place of any.
 
     Raises:
-        ValueError: the model has no head or no backbone, or is a ``PeftModel``, whose base model
+        ValueError: the model has no head or no backbone, or makes positions in three dimensions
+            outside its backbone, or is a ``PeftModel``, whose base model
             is what is meant; its logits are not those of its head (they are scaled or capped
             afterwards, as Gemma 2, Cohere and Granite do); ``temperature`` is not positive; a batch
             has no prompt token, or a mask has not the shape of its tokens.
@@ -100,6 +108,9 @@ class CausalLMActorCritic(TensorDictModuleBase):
         self.critic = critic
         self.temperature = temperature
         self.model_inputs = dict(model_inputs or {})
+        self._own_positions = positions_are_the_models(
+            language_model, backbone, self.model_inputs.keys()
+        )
         self.in_keys = [
             ("tokens", "prompt"),
             ("tokens", "response"),
@@ -129,11 +140,21 @@ class CausalLMActorCritic(TensorDictModuleBase):
         attention_mask = torch.cat(masks, 1)
         backbone, _ = self._backbone_and_head
         given = {name: read(batch, key) for name, key in self.model_inputs.items()}
+        own_positions = False
+        if self._own_positions:
+            given = as_the_model_takes_them(backbone.config, given, prompt, response)
+            # Of text alone no such model makes any, and what it then takes counts the padding.
+            own_positions = any(sizes in given for sizes in PATCHES)
+        if not own_positions:
+            counted = (attention_mask.cumsum(1) - 1).clamp_min(0)
+            positions = given.get("position_ids", counted)
+            # Models want the three dimensions before the rows.
+            given["position_ids"] = positions.movedim(1, 0) if positions.ndim == 3 else positions
         hidden = backbone(
             input_ids=torch.cat([prompt, response], 1),
             attention_mask=attention_mask.long(),
             use_cache=False,
-            **{"position_ids": (attention_mask.cumsum(1) - 1).clamp_min(0), **given},
+            **given,
         ).last_hidden_state
         return hidden[:, prompt.shape[1] - 1 :]
 
