@@ -164,13 +164,18 @@ class Scores(TensorDictModuleBase):
                 raise ValueError(f"network must write {key!r}, it writes {network.out_keys}")
         self.network = network
         self.names = dict(names)
-        self.in_keys = list(network.in_keys)
         self.out_keys = list(self.names.values())
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """What the network reads."""
+        return list(self.network.in_keys)
 
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Run the network on what it reads and keep what ``names`` lists."""
-        tensordict = padded(tensordict, mask=RESPONSE_MASK)
+        keys = getattr(self.network, "tensor_keys", None)
+        tensordict = padded(tensordict, mask=getattr(keys, "response_mask", RESPONSE_MASK))
         scored = self.network(tensordict.select(*self.in_keys))
         for key, name in self.names.items():
             tensordict.set(name, scored.get(key))

@@ -1,10 +1,10 @@
 """Actor and critic over one causal language model: one forward gives all that a loss needs."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from tensordict import NestedKey, TensorDictBase
-from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
 from safe_ops import TokenLogProbs, linear_log_probs, token_log_probs
@@ -13,10 +13,10 @@ from safe_rl.image_positions import (
     as_the_model_takes_them,
     positions_are_the_models,
 )
-from safe_rl.keys import read
+from safe_rl.keys import RESPONSE_MASK, KeyedModule, read
 
 
-class CausalLMActorCritic(TensorDictModuleBase):
+class CausalLMActorCritic(KeyedModule):
     """Re-scores stored responses: log-prob, entropy and every critic head's value, in one forward.
 
         h = backbone(prompt + response)                      [B, P + T, H]
@@ -34,6 +34,7 @@ class CausalLMActorCritic(TensorDictModuleBase):
     Reads ``("tokens", "prompt")`` int64 [B, P] (left-padded), ``("tokens", "response")`` int64
     [B, T] (right-padded), ``prompt_mask`` bool [B, P], ``response_mask`` bool [B, T], and what
     ``model_inputs`` names: images, for a model that takes them.
+    ``set_keys(response_mask=...)``, here or on the loss around it, reads the mask elsewhere.
     Writes ``log_prob``, ``entropy`` [B, T] (nats, float32, at the sampling temperature; 0 where
     ``response_mask`` is False),
     ``state_values`` [B, T, K] and ``bootstrap_values`` [B, K], the values after the last token.
@@ -72,6 +73,12 @@ class CausalLMActorCritic(TensorDictModuleBase):
         torch.Size([2, 3, 2])
     """
 
+    @dataclass
+    class _AcceptedKeys:
+        response_mask: NestedKey = RESPONSE_MASK
+
+    default_keys = _AcceptedKeys
+
     def __init__(
         self,
         language_model: nn.Module,
@@ -80,6 +87,7 @@ class CausalLMActorCritic(TensorDictModuleBase):
         temperature: float = 1.0,
         model_inputs: Mapping[str, NestedKey] | None = None,
     ) -> None:
+        self.model_inputs = dict(model_inputs or {})
         super().__init__()
         if hasattr(language_model, "get_base_model"):
             raise ValueError(
@@ -107,15 +115,16 @@ class CausalLMActorCritic(TensorDictModuleBase):
         self.language_model = language_model
         self.critic = critic
         self.temperature = temperature
-        self.model_inputs = dict(model_inputs or {})
         self._own_positions = positions_are_the_models(
             language_model, backbone, self.model_inputs.keys()
         )
+
+    def _set_in_out_keys(self) -> None:
         self.in_keys = [
             ("tokens", "prompt"),
             ("tokens", "response"),
             "prompt_mask",
-            "response_mask",
+            self.tensor_keys.response_mask,
             *self.model_inputs.values(),
         ]
         self.out_keys = ["log_prob", "entropy", "state_values", "bootstrap_values"]
@@ -124,7 +133,8 @@ class CausalLMActorCritic(TensorDictModuleBase):
         """Hidden states before each response token and after the last place, [B, T + 1, H]."""
         prompt, response = (read(batch, ("tokens", part)) for part in ("prompt", "response"))
         masks = []
-        for tokens, key in ((prompt, "prompt_mask"), (response, "response_mask")):
+        mask_key = self.tensor_keys.response_mask
+        for tokens, key in ((prompt, "prompt_mask"), (response, mask_key)):
             mask = read(batch, key)
             if mask.shape != tokens.shape or mask.dtype != torch.bool:
                 raise ValueError(
@@ -163,7 +173,7 @@ class CausalLMActorCritic(TensorDictModuleBase):
         states = self.response_states(tensordict)
         log_prob, entropy = self._head_log_probs(states[:, :-1], tensordict)
         values = self.critic(states.detach())
-        last = tensordict["response_mask"].sum(1)
+        last = tensordict[self.tensor_keys.response_mask].sum(1)
         rows = torch.arange(last.shape[0], device=last.device)
         tensordict.set("log_prob", log_prob)
         tensordict.set("entropy", entropy)
@@ -173,7 +183,7 @@ class CausalLMActorCritic(TensorDictModuleBase):
 
     def _head_log_probs(self, states: Tensor, batch: TensorDictBase) -> TokenLogProbs:
         _, head = self._backbone_and_head
-        tokens, mask = batch["tokens", "response"], batch["response_mask"]
+        tokens, mask = batch["tokens", "response"], batch[self.tensor_keys.response_mask]
         if type(head) is nn.Linear:
             return linear_log_probs(
                 states, head.weight, tokens, bias=head.bias, mask=mask, temperature=self.temperature

@@ -131,6 +131,20 @@ class Objective(SettableLoss):
             return self.network_params["critic"]
         return TensorDict.from_module(critic)
 
+    def set_keys(self, **kwargs: Any) -> None:
+        """Read other keys than the default ones; None is the default one.
+
+        A network that reads the response mask (``CausalLMActorCritic``) reads the same as the loss.
+
+        Raises:
+            ValueError: a name is not one of ``default_keys``.
+        """
+        super().set_keys(**kwargs)
+        masked = hasattr(getattr(self.network, "tensor_keys", None), "response_mask")
+        if "response_mask" in kwargs and masked and self.network is not None:
+            self.network.set_keys(response_mask=self.tensor_keys.response_mask)
+            self._set_in_keys()
+
     def make_value_estimator(
         self,
         value_type: ValueEstimators | ValueEstimatorBase | type[ValueEstimatorBase] | None = None,
