@@ -1,11 +1,11 @@
 """Advantages from pessimistic values."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, dispatch
-from tensordict.utils import NestedKey
+from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 from torchrl.objectives.value import ValueEstimatorBase
 
@@ -41,8 +41,8 @@ class SoftMinGAE(ValueEstimatorBase):
 
     With a ``value_network`` it takes the place of TorchRL's ``GAE``: rewards and flags are read
     under ``"next"``, as collectors write them, the values before and after each step are computed
-    and written as ``state_values``, and without a mask every step counts. ``done`` stands in for
-    a missing ``truncated``.
+    and written as ``state_values``, here and under "next", and without a mask every step counts.
+    ``done`` stands in for a missing ``truncated``.
 
     Whitening is over all tokens of all ranks, so call this on the whole rollout.
 
@@ -63,10 +63,10 @@ class SoftMinGAE(ValueEstimatorBase):
             counts where there is no mask, though the batch be [B] and its entries [B, T, 1].
 
     Raises:
-        ValueError: a value is out of range, a key is missing or of the wrong shape, nothing tells
-            which dimension is time, a row ends only where the mask is False, or a truncated row
-            has no value to bootstrap from (in a compiled graph, which cannot look at values, such a
-            row becomes NaN).
+        ValueError: a value is out of range, a key is missing or of the wrong shape, ``value`` and
+            ``state_values`` are one key for several heads, nothing tells which dimension is time, a
+            row ends only where the mask is False, or a truncated row has no value to bootstrap from
+            (in a compiled graph, which cannot look at values, such a row becomes NaN).
 
     Source: Schulman et al. (arXiv 1506.02438); SAFE (arXiv 2602.04651).
 
@@ -136,6 +136,24 @@ class SoftMinGAE(ValueEstimatorBase):
             # Beside the modules: the parameters stay those of whoever owns the critic.
             self.__dict__["value_network"] = value_network
 
+    def set_keys(self, **kwargs: NestedKey) -> None:
+        """Read or write other keys than the default ones.
+
+        ``next_state_values`` follows ``state_values``, under "next", unless it is named too.
+
+        Raises:
+            KeyError: a name is not an accepted one.
+        """
+        values = kwargs.get("state_values")
+        # A loss forwards all of its keys at each change: only a new one is followed.
+        if values is not None and values != self.tensor_keys.state_values:
+            kwargs.setdefault("next_state_values", _next(values))
+        # TorchRL's value is what the network writes; ours is the soft-min of that.
+        value = kwargs.pop("value", None)
+        super().set_keys(**kwargs)
+        if value is not None:
+            self._tensor_keys = replace(self._tensor_keys, value=unravel_key(value))
+
     @property
     def in_keys(self) -> list[NestedKey]:
         """What is read; the mask, ``done`` and what comes after may be missing."""
@@ -148,9 +166,14 @@ class SoftMinGAE(ValueEstimatorBase):
 
     @property
     def out_keys(self) -> list[NestedKey]:
-        """What is written."""
+        """What is written: the values too where a network makes them."""
         keys = self.tensor_keys
-        return [keys.value, keys.advantage, keys.value_target]
+        written = [keys.value, keys.advantage, keys.value_target]
+        if self.value_network is not None:
+            written += [keys.state_values, keys.next_state_values]
+        if self.shifted:
+            written.append("shifted_valid")
+        return list(dict.fromkeys(written))
 
     @dispatch
     @torch.no_grad()
@@ -211,6 +234,12 @@ class SoftMinGAE(ValueEstimatorBase):
             shape = mask.movedim(time, -1).shape
             return AdvantageEstimate(*[x.reshape(shape).movedim(-1, time) for x in found])
 
+        if keys.value == keys.state_values and heads.shape[-1] > 1:
+            raise ValueError(
+                f"value and state_values must be two keys where there are {heads.shape[-1]} heads, "
+                f"got {keys.value!r} for both: the soft-min would take the place of the heads; "
+                "set_keys(value=...) names another key"
+            )
         value = soft_min(heads, self.temperature)
         pessimistic = {name: soft_min(x, self.temperature) for name, x in following.items()}
         advantage, target = estimate(value, pessimistic)

@@ -464,6 +464,62 @@ def test_the_objective_makes_its_estimator():
         PPOLoss().make_value_estimator(lamda=0.5)
 
 
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("own_keys", [False, True])
+def test_what_is_written_is_what_out_keys_say(shifted, own_keys):
+    network = critic(2, "v" if own_keys else "state_values")
+    estimate = SoftMinGAE(value_network=network, shifted=shifted)
+    if own_keys:
+        estimate.set_keys(state_values="v", value="pessimistic", advantage=("gae", "a"))
+        assert ("next", "v") in estimate.out_keys
+    batch = observed()
+    before = set(batch.keys(True, True))
+    found = estimate(batch)
+    assert set(found.keys(True, True)) - before == set(estimate.out_keys)
+    assert len(estimate.out_keys) == len(set(estimate.out_keys)) == 5 + shifted
+    given = observed()
+    called = estimate(**{
+        key if isinstance(key, str) else "_".join(key): given[key]
+        for key in estimate.in_keys
+        if given.get(key, None) is not None
+    })  # fmt: skip
+    for value, key in zip(called, estimate.out_keys, strict=True):
+        assert_close(value, found[key])
+
+
+def test_what_is_written_without_a_network():
+    batch = rollout()
+    before = set(batch.keys(True, True))
+    estimate = SoftMinGAE()
+    assert set(estimate(batch).keys(True, True)) - before == set(estimate.out_keys)
+
+
+def test_the_values_that_follow_are_called_as_the_values_are():
+    estimate = SoftMinGAE()
+    estimate.set_keys(state_values="v")
+    assert estimate.tensor_keys.next_state_values == ("next", "v")
+    estimate.set_keys(state_values=("critic", "v"))
+    assert estimate.tensor_keys.next_state_values == ("next", "critic", "v")
+    estimate.set_keys(state_values="v", next_state_values="after")
+    assert estimate.tensor_keys.next_state_values == "after"
+    # A loss hands on what it has.
+    estimate.set_keys(state_values="v", advantage="a")
+    assert estimate.tensor_keys.next_state_values == "after"
+
+
+def test_heads_are_not_overwritten_by_their_soft_min():
+    estimate = SoftMinGAE(value_network=critic(2, "state_value"))
+    estimate.set_keys(state_values="state_value")
+    message = r"two keys where there are 2 heads, got 'state_value' for both.*set_keys\(value="
+    with pytest.raises(ValueError, match=message):
+        estimate(observed())
+    one = SoftMinGAE(value_network=critic(1, "state_value"))
+    one.set_keys(state_values="state_value")
+    found = one(observed())
+    assert_close(found["state_value"], critic(1).module(observed()["observation"]).detach())
+    assert one.out_keys.count("state_value") == 1
+
+
 def test_dispatch():
     batch = rollout()
     arguments = {key: batch[key] for key in SoftMinGAE().in_keys[:-3]}
