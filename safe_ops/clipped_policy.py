@@ -77,7 +77,7 @@ def clipped_policy_terms(
     return ClippedPolicyTerms(
         loss=fill_masked(loss, mask),
         clip_fraction=masked_mean(active, mask).detach(),
-        ratio_max=fill_masked(weight, mask).amax(),
+        ratio_max=_largest(fill_masked(weight, mask)),
         effective_sample_size=weight_sum.square()
         / (count * square_sum).clamp_min(torch.finfo(weight.dtype).tiny),
         kl_old_k3=masked_mean(kl_k3(torch.zeros_like(weight), log_ratio.detach()), mask),
@@ -92,6 +92,11 @@ def _interval(clip: float | tuple[float, float] | Tensor, dtype: torch.dtype) ->
     if not (low > 0 and high > 0):
         raise ValueError(f"clip must be positive, got {clip}")
     return low, high
+
+
+def _largest(x: Tensor) -> Tensor:
+    """0 of nothing."""
+    return x.amax() if x.numel() else x.sum()
 
 
 def clipped_policy_loss(

@@ -205,17 +205,18 @@ class SoftMinGAE(ValueEstimatorBase):
         heads, following = self._values(
             tensordict, mask, truncated & ~terminated, time, params, target_params
         )
-        if self.shifted:
+        if self.shifted and mask.shape[time]:
             kept = mask & ~_inside(truncated & ~terminated, time)
             # Where the state after a truncation was not seen, the one before it was: its step ends.
             truncated = truncated | _earlier(mask & ~kept, time)
             mask = kept
+        if self.shifted:
             tensordict.set("shifted_valid", mask)
 
         def rows(x: Tensor) -> Tensor:
             """Time last, all other dimensions as one."""
             x = x.movedim(time, -1)
-            return x.reshape(-1, x.shape[-1])
+            return x.flatten(0, -2) if x.ndim > 1 else x.unsqueeze(0)
 
         def estimate(value: Tensor, following: dict[str, Tensor]) -> AdvantageEstimate:
             found = generalized_advantage_estimate(
@@ -333,7 +334,7 @@ class SoftMinGAE(ValueEstimatorBase):
                 )
             seen = batch.select(*network.in_keys)
             after = batch["next"].select(*network.in_keys)
-            if self.shifted:
+            if self.shifted and mask.shape[time]:
                 if target_params is not None and target_params is not params:
                     raise ValueError("shifted is one forward: give params or target_params")
                 # Of a batch [B] the steps are no dimensions to cut and join along.

@@ -304,3 +304,61 @@ def test_trajectories_of_unequal_lengths():
     assert found["response_mask"].sum(1).tolist() == list(lengths)
     for row, expected, length in zip(found, rows, lengths, strict=True):
         assert_close(row["advantage"][:length], estimate(expected)["advantage"])
+
+
+def test_a_batch_of_no_steps_is_empty_everywhere():
+    """All responses cut to nothing: no error, losses of 0, and a law that holds."""
+    batch = responses()
+    empty = TensorDict(
+        {
+            key: value[:, :0] if value.ndim > 1 and value.shape[1] == 5 else value
+            for key, value in batch.items(True, True)
+            if key != ("tokens", "response")
+        },
+        [4],
+    )
+    for key in ("entropy", "log_prob"):
+        empty[key] = torch.zeros(4, 0, dtype=torch.float64)
+    modules = links()
+    modules.pop("scores")
+    found = TensorDictSequential(*modules.values())(empty)
+    shapes = {"advantage": (4, 0, 1), "value_target": (4, 0, 1), "kl_baseline": (4, 0)}
+    assert {key: found[key].shape for key in shapes} == shapes
+    # Of nothing there is no mean: NaN, at which the law holds, and counts it.
+    state = modules["controller"].controller.state
+    assert (state.step, state.non_finite) == (0, 1)
+    per_head = SoftMinGAE(per_head_targets=True)(found.copy())
+    assert per_head["value_target"].shape == (4, 0, 2)
+    found["old_state_values"] = found["state_values"]
+    found["kl_coef"] = torch.ones(4)
+    losses = SAFELoss(value_clip=0.2, token_kl_coef=0.1)(found)
+    assert all(value.isfinite() for value in losses.values())
+    assert total_loss(losses) == 0
+    assert losses["ratio_max"] == 0
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_no_step_of_an_environment(shifted):
+    torch.manual_seed(0)
+    critic = TensorDictModule(nn.Linear(3, 2), ["observation"], ["state_values"])
+    flags = torch.zeros(2, 0, 1, dtype=torch.bool)
+    states = {"observation": torch.zeros(2, 0, 3)}
+    ends = {"reward": torch.zeros(2, 0, 1), "terminated": flags, "truncated": flags}
+    batch = TensorDict({**states, "next": {**states, **ends}}, [2, 0])
+    estimate = SoftMinGAE(value_network=critic, shifted=shifted)
+    found = estimate(batch)
+    assert {found[key].shape[:2] for key in estimate.out_keys} == {(2, 0)}
+    assert found["state_values"].shape == (2, 0, 2)
+
+
+def test_no_token_of_a_language_model():
+    batch = rollout()
+    batch["tokens", "response"] = batch["tokens", "response"][:, :0]
+    batch["response_mask"] = batch["response_mask"][:, :0]
+    torch.manual_seed(0)
+    network = CausalLMActorCritic(LlamaForCausalLM(llama_config(20)).eval(), SoftMinCritic(16))
+    found = network(batch)
+    assert found["log_prob"].shape == found["entropy"].shape == (4, 0)
+    assert found["state_values"].shape == (4, 0, 2)
+    # The state after the prompt has a value all the same.
+    assert found["bootstrap_values"].shape == (4, 2)
