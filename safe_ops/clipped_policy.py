@@ -1,6 +1,6 @@
 """The clipped surrogate of PPO and what to watch beside it."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ def clipped_policy_terms(
     advantage: Tensor,
     *,
     mask: Tensor,
-    clip: float | tuple[float, float] = 0.2,
+    clip: float | tuple[float, float] | Tensor = 0.2,
 ) -> ClippedPolicyTerms:
     """The clipped surrogate per token, for a caller with a denominator of his own.
 
@@ -41,7 +41,8 @@ def clipped_policy_terms(
         old_log_prob: [B, T], nats, of the policy that drew the tokens.
         advantage: [B, T].
         mask: bool [B, T], True = counts.
-        clip: Half-width of the trust interval of the ratio, or (low, high).
+        clip: Half-width of the trust interval of the ratio, or (low, high); a tensor, 0-d or [2],
+            is not looked at, so that one graph holds while it changes.
 
     Returns:
         ``ClippedPolicyTerms``.
@@ -56,9 +57,7 @@ def clipped_policy_terms(
         >>> clipped_policy_terms(-one, -one, 2 * one, mask=one.bool()).loss
         tensor([[-2.]])
     """
-    low, high = clip if isinstance(clip, tuple) else (clip, clip)
-    if not (low > 0 and high > 0):
-        raise ValueError(f"clip must be positive, got {clip}")
+    low, high = _interval(clip, log_prob.dtype)
     for name, tensor in {"old_log_prob": old_log_prob, "advantage": advantage}.items():
         if tensor.shape != log_prob.shape:
             raise ValueError(
@@ -78,11 +77,26 @@ def clipped_policy_terms(
     return ClippedPolicyTerms(
         loss=fill_masked(loss, mask),
         clip_fraction=masked_mean(active, mask).detach(),
-        ratio_max=fill_masked(weight, mask).amax(),
+        ratio_max=_largest(fill_masked(weight, mask)),
         effective_sample_size=weight_sum.square()
         / (count * square_sum).clamp_min(torch.finfo(weight.dtype).tiny),
         kl_old_k3=masked_mean(kl_k3(torch.zeros_like(weight), log_ratio.detach()), mask),
     )
+
+
+def _interval(clip: float | tuple[float, float] | Tensor, dtype: torch.dtype) -> tuple[Any, Any]:
+    if isinstance(clip, Tensor):
+        low, high = clip.to(dtype).expand(2).unbind()
+        return low, high
+    low, high = clip if isinstance(clip, tuple) else (clip, clip)
+    if not (low > 0 and high > 0):
+        raise ValueError(f"clip must be positive, got {clip}")
+    return low, high
+
+
+def _largest(x: Tensor) -> Tensor:
+    """0 of nothing."""
+    return x.amax() if x.numel() else x.sum()
 
 
 def clipped_policy_loss(
@@ -91,7 +105,7 @@ def clipped_policy_loss(
     advantage: Tensor,
     *,
     mask: Tensor,
-    clip: float | tuple[float, float] = 0.2,
+    clip: float | tuple[float, float] | Tensor = 0.2,
 ) -> Tensor:
     """The clipped surrogate of PPO as a loss: the mean of its terms over the tokens that count.
 
@@ -102,7 +116,7 @@ def clipped_policy_loss(
         old_log_prob: [B, T], nats, of the policy that drew the tokens.
         advantage: [B, T].
         mask: bool [B, T], True = counts.
-        clip: Half-width of the trust interval of the ratio, or (low, high).
+        clip: As ``clipped_policy_terms``.
 
     Returns:
         0-d, differentiable in ``log_prob``.

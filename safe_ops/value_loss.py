@@ -1,5 +1,7 @@
 """Value losses: Huber or squared, clipped or not, for every head."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,7 +16,7 @@ def value_terms(
     mask: Tensor,
     huber_delta: float | None = 0.5,
     old_value: Tensor | None = None,
-    clip: float | None = None,
+    clip: float | Tensor | None = None,
 ) -> Tensor:
     """The value loss per token, averaged over the heads: every head is fitted to the target.
 
@@ -30,7 +32,8 @@ def value_terms(
         mask: bool [B, T], True = counts.
         huber_delta: Where the loss turns linear, in reward units; None is the squared loss.
         old_value: Shape of ``value``; the values at the rollout, needed with ``clip``.
-        clip: Half-width of the clipped change, in the units of the return; None: no clip.
+        clip: Half-width of the clipped change, in the units of the return; None: no clip. A 0-d
+            tensor is not looked at, so that one graph holds while it changes.
 
     Returns:
         [B, T], 0 where ``mask`` is False; differentiable in ``value``.
@@ -48,7 +51,7 @@ def value_terms(
     """
     if huber_delta is not None and not huber_delta > 0:
         raise ValueError(f"huber_delta must be positive, got {huber_delta}")
-    if clip is not None and not clip > 0:
+    if clip is not None and not isinstance(clip, Tensor) and not clip > 0:
         raise ValueError(f"clip must be positive, got {clip}")
     if (clip is None) != (old_value is None):
         raise ValueError("clip and old_value go together: give both or neither")
@@ -76,7 +79,8 @@ def value_terms(
                 f"got {tuple(old_value.shape)} and {tuple(value.shape)}"
             )
         old = fill_masked(old_value.detach().reshape(heads.shape), counts)
-        clipped = old + (heads - old).clamp(-clip, clip)
+        limit: Any = clip
+        clipped = old + (heads - old).clamp(-limit, limit)
         loss = (loss + _distance(clipped, target, huber_delta)) / 2
     return fill_masked(loss.mean(-1), mask)
 
@@ -94,7 +98,7 @@ def value_loss(
     mask: Tensor,
     huber_delta: float | None = 0.5,
     old_value: Tensor | None = None,
-    clip: float | None = None,
+    clip: float | Tensor | None = None,
 ) -> Tensor:
     """The mean of ``value_terms`` over the tokens that count.
 
@@ -104,7 +108,8 @@ def value_loss(
         mask: bool [B, T], True = counts.
         huber_delta: Where the loss turns linear, in reward units; None is the squared loss.
         old_value: Shape of ``value``; the values at the rollout, needed with ``clip``.
-        clip: Half-width of the clipped change, in the units of the return; None: no clip.
+        clip: Half-width of the clipped change, in the units of the return; None: no clip. A 0-d
+            tensor is not looked at, so that one graph holds while it changes.
 
     Returns:
         0-d, differentiable in ``value``.
@@ -158,4 +163,6 @@ def explained_variance(value: Tensor, value_target: Tensor, *, mask: Tensor) -> 
     residual = masked_var((value_target - value).detach(), mask)
     total = masked_var(value_target.detach(), mask)
     share = 1 - residual / torch.where(total > 0, total, torch.ones_like(total))
+    # A target that hardly varies: the quotient may overflow.
+    share = share.clamp(min=torch.finfo(share.dtype).min)
     return torch.where(total > 0, share, torch.zeros_like(share))

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torchrl.modules.distributions import has_analytic_entropy
 
-from safe_rl.keys import KeyedModule, read
+from safe_rl.keys import RESPONSE_MASK, KeyedModule, padded, read
 
 
 class ActorCritic(KeyedModule):
@@ -164,12 +164,18 @@ class Scores(TensorDictModuleBase):
                 raise ValueError(f"network must write {key!r}, it writes {network.out_keys}")
         self.network = network
         self.names = dict(names)
-        self.in_keys = list(network.in_keys)
         self.out_keys = list(self.names.values())
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """What the network reads."""
+        return list(self.network.in_keys)
 
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Run the network on what it reads and keep what ``names`` lists."""
+        keys = getattr(self.network, "tensor_keys", None)
+        tensordict = padded(tensordict, mask=getattr(keys, "response_mask", RESPONSE_MASK))
         scored = self.network(tensordict.select(*self.in_keys))
         for key, name in self.names.items():
             tensordict.set(name, scored.get(key))

@@ -1,11 +1,11 @@
 """Advantages from pessimistic values."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, dispatch
-from tensordict.utils import NestedKey
+from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 from torchrl.objectives.value import ValueEstimatorBase
 
@@ -20,6 +20,8 @@ from safe_rl.controllers import sum_over_ranks
 from safe_rl.keys import (
     RESPONSE_MASK,
     at_least_float32,
+    every_step,
+    padded,
     read_heads,
     read_mask,
     read_per_token,
@@ -39,8 +41,8 @@ class SoftMinGAE(ValueEstimatorBase):
 
     With a ``value_network`` it takes the place of TorchRL's ``GAE``: rewards and flags are read
     under ``"next"``, as collectors write them, the values before and after each step are computed
-    and written as ``state_values``, and without a mask every step counts. ``done`` stands in for
-    a missing ``truncated``.
+    and written as ``state_values``, here and under "next", and without a mask every step counts.
+    ``done`` stands in for a missing ``truncated``.
 
     Whitening is over all tokens of all ranks, so call this on the whole rollout.
 
@@ -57,13 +59,14 @@ class SoftMinGAE(ValueEstimatorBase):
             inside a row is then not seen: that step is left out (``shifted_valid``, which the
             objectives read) and the one before it bootstraps.
         time_dim: Dimension of the mask that is time, after it those of single steps. None: the
-            one named "time", or the last of at least two.
+            one named "time", or the last of at least two. Given, it says too that every step
+            counts where there is no mask, though the batch be [B] and its entries [B, T, 1].
 
     Raises:
-        ValueError: a value is out of range, a key is missing or of the wrong shape, nothing tells
-            which dimension is time, a row ends only where the mask is False, or a truncated row
-            has no value to bootstrap from (in a compiled graph, which cannot look at values, such a
-            row becomes NaN).
+        ValueError: a value is out of range, a key is missing or of the wrong shape, ``value`` and
+            ``state_values`` are one key for several heads, nothing tells which dimension is time, a
+            row ends only where the mask is False, or a truncated row has no value to bootstrap from
+            (in a compiled graph, which cannot look at values, such a row becomes NaN).
 
     Source: Schulman et al. (arXiv 1506.02438); SAFE (arXiv 2602.04651).
 
@@ -112,6 +115,11 @@ class SoftMinGAE(ValueEstimatorBase):
         for name, value in {"discount": discount, "gae_lambda": gae_lambda}.items():
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {value}")
+        if value_network is not None and not isinstance(value_network, TensorDictModuleBase):
+            raise ValueError(
+                "value_network must be a TensorDict module, with in_keys and out_keys, got "
+                f"{type(value_network).__name__}; None reads the values from the batch"
+            )
         if shifted and value_network is None:
             raise ValueError("shifted must come with a value_network: it is a way of calling one")
         self.temperature = temperature
@@ -128,6 +136,24 @@ class SoftMinGAE(ValueEstimatorBase):
             # Beside the modules: the parameters stay those of whoever owns the critic.
             self.__dict__["value_network"] = value_network
 
+    def set_keys(self, **kwargs: NestedKey) -> None:
+        """Read or write other keys than the default ones.
+
+        ``next_state_values`` follows ``state_values``, under "next", unless it is named too.
+
+        Raises:
+            KeyError: a name is not an accepted one.
+        """
+        values = kwargs.get("state_values")
+        # A loss forwards all of its keys at each change: only a new one is followed.
+        if values is not None and values != self.tensor_keys.state_values:
+            kwargs.setdefault("next_state_values", _next(values))
+        # TorchRL's value is what the network writes; ours is the soft-min of that.
+        value = kwargs.pop("value", None)
+        super().set_keys(**kwargs)
+        if value is not None:
+            self._tensor_keys = replace(self._tensor_keys, value=unravel_key(value))
+
     @property
     def in_keys(self) -> list[NestedKey]:
         """What is read; the mask, ``done`` and what comes after may be missing."""
@@ -140,9 +166,14 @@ class SoftMinGAE(ValueEstimatorBase):
 
     @property
     def out_keys(self) -> list[NestedKey]:
-        """What is written."""
+        """What is written: the values too where a network makes them."""
         keys = self.tensor_keys
-        return [keys.value, keys.advantage, keys.value_target]
+        written = [keys.value, keys.advantage, keys.value_target]
+        if self.value_network is not None:
+            written += [keys.state_values, keys.next_state_values]
+        if self.shifted:
+            written.append("shifted_valid")
+        return list(dict.fromkeys(written))
 
     @dispatch
     @torch.no_grad()
@@ -163,8 +194,10 @@ class SoftMinGAE(ValueEstimatorBase):
             time_dim: See the class.
         """
         keys = self.tensor_keys
-        mask = read_mask(tensordict, keys.response_mask, like=keys.reward)
-        time = self._time(mask, tensordict, self.time_dim if time_dim is None else time_dim)
+        tensordict = padded(tensordict, mask=keys.response_mask)
+        time_dim = self.time_dim if time_dim is None else time_dim
+        mask = self._mask(tensordict, time_dim)
+        time = self._time(mask, tensordict, time_dim)
         reward = read_per_token(tensordict, keys.reward, mask)
         terminated = read_per_token(tensordict, keys.terminated, mask)
         truncated = self._truncated(tensordict, mask)
@@ -172,17 +205,18 @@ class SoftMinGAE(ValueEstimatorBase):
         heads, following = self._values(
             tensordict, mask, truncated & ~terminated, time, params, target_params
         )
-        if self.shifted:
+        if self.shifted and mask.shape[time]:
             kept = mask & ~_inside(truncated & ~terminated, time)
             # Where the state after a truncation was not seen, the one before it was: its step ends.
             truncated = truncated | _earlier(mask & ~kept, time)
             mask = kept
+        if self.shifted:
             tensordict.set("shifted_valid", mask)
 
         def rows(x: Tensor) -> Tensor:
             """Time last, all other dimensions as one."""
             x = x.movedim(time, -1)
-            return x.reshape(-1, x.shape[-1])
+            return x.flatten(0, -2) if x.ndim > 1 else x.unsqueeze(0)
 
         def estimate(value: Tensor, following: dict[str, Tensor]) -> AdvantageEstimate:
             found = generalized_advantage_estimate(
@@ -201,6 +235,12 @@ class SoftMinGAE(ValueEstimatorBase):
             shape = mask.movedim(time, -1).shape
             return AdvantageEstimate(*[x.reshape(shape).movedim(-1, time) for x in found])
 
+        if keys.value == keys.state_values and heads.shape[-1] > 1:
+            raise ValueError(
+                f"value and state_values must be two keys where there are {heads.shape[-1]} heads, "
+                f"got {keys.value!r} for both: the soft-min would take the place of the heads; "
+                "set_keys(value=...) names another key"
+            )
         value = soft_min(heads, self.temperature)
         pessimistic = {name: soft_min(x, self.temperature) for name, x in following.items()}
         advantage, target = estimate(value, pessimistic)
@@ -230,6 +270,13 @@ class SoftMinGAE(ValueEstimatorBase):
             tensordict.copy(), params=params, target_params=target_params, time_dim=time_dim
         )
         return found.get(self.tensor_keys.value_target)
+
+    def _mask(self, batch: TensorDictBase, time_dim: int | None) -> Tensor:
+        """A time that is named says that the entries' dimensions are steps: without a mask, all."""
+        key, reward = self.tensor_keys.response_mask, self.tensor_keys.reward
+        if time_dim is not None and batch.get(key, None) is None:
+            return every_step(batch, reward)
+        return read_mask(batch, key, like=reward, way_out=", or time_dim=1")
 
     def _time(self, mask: Tensor, batch: TensorDictBase, time_dim: int | None) -> int:
         if time_dim is not None:
@@ -287,9 +334,11 @@ class SoftMinGAE(ValueEstimatorBase):
                 )
             seen = batch.select(*network.in_keys)
             after = batch["next"].select(*network.in_keys)
-            if self.shifted:
+            if self.shifted and mask.shape[time]:
                 if target_params is not None and target_params is not params:
                     raise ValueError("shifted is one forward: give params or target_params")
+                # Of a batch [B] the steps are no dimensions to cut and join along.
+                seen.batch_size = after.batch_size = mask.shape
                 last = after.narrow(time, after.shape[time] - 1, 1)
                 states = torch.cat([seen, last], time)
                 values = self._run(network, states, params).get(keys.state_values)

@@ -1,17 +1,22 @@
 """Actor and critic over one causal language model: one forward gives all that a loss needs."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from tensordict import NestedKey, TensorDictBase
-from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
 from safe_ops import TokenLogProbs, linear_log_probs, token_log_probs
-from safe_rl.keys import read
+from safe_rl.image_positions import (
+    PATCHES,
+    as_the_model_takes_them,
+    positions_are_the_models,
+)
+from safe_rl.keys import RESPONSE_MASK, KeyedModule, read
 
 
-class CausalLMActorCritic(TensorDictModuleBase):
+class CausalLMActorCritic(KeyedModule):
     """Re-scores stored responses: log-prob, entropy and every critic head's value, in one forward.
 
         h = backbone(prompt + response)                      [B, P + T, H]
@@ -29,6 +34,7 @@ class CausalLMActorCritic(TensorDictModuleBase):
     Reads ``("tokens", "prompt")`` int64 [B, P] (left-padded), ``("tokens", "response")`` int64
     [B, T] (right-padded), ``prompt_mask`` bool [B, P], ``response_mask`` bool [B, T], and what
     ``model_inputs`` names: images, for a model that takes them.
+    ``set_keys(response_mask=...)``, here or on the loss around it, reads the mask elsewhere.
     Writes ``log_prob``, ``entropy`` [B, T] (nats, float32, at the sampling temperature; 0 where
     ``response_mask`` is False),
     ``state_values`` [B, T, K] and ``bootstrap_values`` [B, K], the values after the last token.
@@ -40,12 +46,15 @@ class CausalLMActorCritic(TensorDictModuleBase):
         critic: [..., H] -> [..., K].
         temperature: Of the sampling.
         model_inputs: More arguments of the backbone's forward, each with its key in the batch, [B,
-            ...] each: ``{"pixel_values": "pixel_values"}``. ``"position_ids"`` among them takes the
-            place of our own, which count the tokens from the first that is no padding: not what a
-            model with positions in three dimensions means.
+            ...] each: ``{"pixel_values": "pixel_values"}``. A model with positions in three
+            dimensions (Qwen2-VL) makes them itself and takes ``pixel_values`` [B, N, D],
+            ``image_grid_thw`` [B, 3] or [B, I, 3], and ``mm_token_type_ids`` [B, P], which without
+            videos are read off the prompt. ``"position_ids"`` among them ([B, P + T], or [B, 3, P +
+            T]) takes the place of any.
 
     Raises:
-        ValueError: the model has no head or no backbone, or is a ``PeftModel``, whose base model
+        ValueError: the model has no head or no backbone, or makes positions in three dimensions
+            outside its backbone, or is a ``PeftModel``, whose base model
             is what is meant; its logits are not those of its head (they are scaled or capped
             afterwards, as Gemma 2, Cohere and Granite do); ``temperature`` is not positive; a batch
             has no prompt token, or a mask has not the shape of its tokens.
@@ -64,6 +73,12 @@ class CausalLMActorCritic(TensorDictModuleBase):
         torch.Size([2, 3, 2])
     """
 
+    @dataclass
+    class _AcceptedKeys:
+        response_mask: NestedKey = RESPONSE_MASK
+
+    default_keys = _AcceptedKeys
+
     def __init__(
         self,
         language_model: nn.Module,
@@ -72,6 +87,7 @@ class CausalLMActorCritic(TensorDictModuleBase):
         temperature: float = 1.0,
         model_inputs: Mapping[str, NestedKey] | None = None,
     ) -> None:
+        self.model_inputs = dict(model_inputs or {})
         super().__init__()
         if hasattr(language_model, "get_base_model"):
             raise ValueError(
@@ -99,12 +115,16 @@ class CausalLMActorCritic(TensorDictModuleBase):
         self.language_model = language_model
         self.critic = critic
         self.temperature = temperature
-        self.model_inputs = dict(model_inputs or {})
+        self._own_positions = positions_are_the_models(
+            language_model, backbone, self.model_inputs.keys()
+        )
+
+    def _set_in_out_keys(self) -> None:
         self.in_keys = [
             ("tokens", "prompt"),
             ("tokens", "response"),
             "prompt_mask",
-            "response_mask",
+            self.tensor_keys.response_mask,
             *self.model_inputs.values(),
         ]
         self.out_keys = ["log_prob", "entropy", "state_values", "bootstrap_values"]
@@ -113,7 +133,8 @@ class CausalLMActorCritic(TensorDictModuleBase):
         """Hidden states before each response token and after the last place, [B, T + 1, H]."""
         prompt, response = (read(batch, ("tokens", part)) for part in ("prompt", "response"))
         masks = []
-        for tokens, key in ((prompt, "prompt_mask"), (response, "response_mask")):
+        mask_key = self.tensor_keys.response_mask
+        for tokens, key in ((prompt, "prompt_mask"), (response, mask_key)):
             mask = read(batch, key)
             if mask.shape != tokens.shape or mask.dtype != torch.bool:
                 raise ValueError(
@@ -129,11 +150,21 @@ class CausalLMActorCritic(TensorDictModuleBase):
         attention_mask = torch.cat(masks, 1)
         backbone, _ = self._backbone_and_head
         given = {name: read(batch, key) for name, key in self.model_inputs.items()}
+        own_positions = False
+        if self._own_positions:
+            given = as_the_model_takes_them(backbone.config, given, prompt, response)
+            # Of text alone no such model makes any, and what it then takes counts the padding.
+            own_positions = any(sizes in given for sizes in PATCHES)
+        if not own_positions:
+            counted = (attention_mask.cumsum(1) - 1).clamp_min(0)
+            positions = given.get("position_ids", counted)
+            # Models want the three dimensions before the rows.
+            given["position_ids"] = positions.movedim(1, 0) if positions.ndim == 3 else positions
         hidden = backbone(
             input_ids=torch.cat([prompt, response], 1),
             attention_mask=attention_mask.long(),
             use_cache=False,
-            **{"position_ids": (attention_mask.cumsum(1) - 1).clamp_min(0), **given},
+            **given,
         ).last_hidden_state
         return hidden[:, prompt.shape[1] - 1 :]
 
@@ -142,7 +173,7 @@ class CausalLMActorCritic(TensorDictModuleBase):
         states = self.response_states(tensordict)
         log_prob, entropy = self._head_log_probs(states[:, :-1], tensordict)
         values = self.critic(states.detach())
-        last = tensordict["response_mask"].sum(1)
+        last = tensordict[self.tensor_keys.response_mask].sum(1)
         rows = torch.arange(last.shape[0], device=last.device)
         tensordict.set("log_prob", log_prob)
         tensordict.set("entropy", entropy)
@@ -152,7 +183,7 @@ class CausalLMActorCritic(TensorDictModuleBase):
 
     def _head_log_probs(self, states: Tensor, batch: TensorDictBase) -> TokenLogProbs:
         _, head = self._backbone_and_head
-        tokens, mask = batch["tokens", "response"], batch["response_mask"]
+        tokens, mask = batch["tokens", "response"], batch[self.tensor_keys.response_mask]
         if type(head) is nn.Linear:
             return linear_log_probs(
                 states, head.weight, tokens, bias=head.bias, mask=mask, temperature=self.temperature

@@ -18,6 +18,7 @@ from safe_rl.keys import (
     RESPONSE_MASK,
     RESPONSE_TOKENS_MEAN,
     KeyedModule,
+    padded,
     read,
     read_mask,
     read_per_token,
@@ -103,6 +104,7 @@ class PolicyMeasurements(KeyedModule):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the measurements."""
         keys = self.tensor_keys
+        tensordict = padded(tensordict, mask=keys.response_mask)
         mask = read_mask(tensordict, keys.response_mask, like=keys.old_log_prob)
         old, ref, entropy = (
             read_per_token(tensordict, key, mask).double()

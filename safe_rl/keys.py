@@ -40,12 +40,22 @@ target critic's at the rollout and the network's in the loss, unless the loss cl
 In a batch of an environment, [N] frames or [B, T] steps as TorchRL's collectors give them, every
 step counts unless a mask says otherwise, and ``response_mask`` may be missing. A batch [B] of
 sequences needs it: there an entry cannot tell its tokens from its padding.
+
+Of lazily stacked rows of unequal lengths a module that writes into the batch returns a padded copy,
+with what it wrote; the rows are left as they are.
 """
 
 from typing import Any
 
 import torch
-from tensordict import LazyStackedTensorDict, TensorDict, TensorDictBase
+from tensordict import (
+    LazyStackedTensorDict,
+    NonTensorData,
+    NonTensorStack,
+    TensorDict,
+    TensorDictBase,
+    is_leaf_nontensor,
+)
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor
@@ -85,13 +95,16 @@ def at_least_float32(value: Tensor) -> Tensor:
     return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
-def read_mask(batch: TensorDictBase, key: NestedKey, *, like: NestedKey) -> Tensor:
+def read_mask(
+    batch: TensorDictBase, key: NestedKey, *, like: NestedKey, way_out: str = ""
+) -> Tensor:
     """The mask of the steps that count; all, where the batch dimensions are the steps themselves.
 
     Args:
         batch: With ``key``, or with one entry a step: [N] or [B, T].
         key: Of the mask.
         like: An entry of the shape of the mask, which tells steps from sequences.
+        way_out: What else the caller takes in the place of a mask, for the message.
 
     Raises:
         ValueError: it is missing in a batch of sequences, or is not bool.
@@ -107,10 +120,36 @@ def read_mask(batch: TensorDictBase, key: NestedKey, *, like: NestedKey) -> Tens
         shape = batch.batch_size
         if shape and steps.shape in (shape, (*shape, 1)):
             return torch.ones(shape, dtype=torch.bool, device=steps.device)
-        mask = read(batch, key)
+        present = sorted(map(str, batch.keys(True, True)))
+        size = list(every_step(batch, like).shape)
+        raise ValueError(
+            f"batch must hold {key!r}, got {present}: {like!r} is {tuple(steps.shape)} in a batch "
+            f"{list(shape)}, and its rows may end in padding. Give {key!r} {size}; or, where every "
+            f"step counts, batch_size={size}{way_out}"
+        )
     if mask.dtype != torch.bool:
         raise ValueError(f"{key!r} must be bool (True = counts), got {mask.dtype}")
     return mask
+
+
+def every_step(batch: TensorDictBase, like: NestedKey) -> Tensor:
+    """The mask where all steps of an entry count, though the batch dimensions are fewer.
+
+    A last dimension of one is no step, unless it is a batch dimension.
+
+    Raises:
+        ValueError: there is no such entry.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> every_step(TensorDict({"reward": torch.ones(2, 3, 1)}, [2]), "reward").shape
+        torch.Size([2, 3])
+    """
+    steps = read(batch, like)
+    shape = steps.shape
+    if len(shape) > batch.ndim and shape[-1] == 1:
+        shape = shape[:-1]
+    return torch.ones(shape, dtype=torch.bool, device=steps.device)
 
 
 def dense(batch: TensorDictBase, keys: list[NestedKey], *, mask: NestedKey) -> TensorDictBase:
@@ -149,6 +188,51 @@ def dense(batch: TensorDictBase, keys: list[NestedKey], *, mask: NestedKey) -> T
         stacked = _stack_padded(values, batch.stack_dim, left=key in LEFT_PADDED)
         padded.set(key, stacked)
     return padded
+
+
+def padded(batch: TensorDictBase, *, mask: NestedKey) -> TensorDictBase:
+    """All of a batch, padded where its rows are ragged; else the batch itself.
+
+    What a module that writes into the batch begins with: of ragged rows it returns another batch,
+    a dense one. An entry that some rows lack is left out, and text of every step.
+
+    Args:
+        batch: Any; rows of unequal lengths, stacked lazily, are padded as ``dense`` pads them.
+        mask: Key of the mask.
+
+    Example:
+        >>> from tensordict import TensorDict, lazy_stack
+        >>> rows = [TensorDict({"x": torch.ones(n)}, []) for n in (1, 2)]
+        >>> padded(lazy_stack(rows), mask="mask")["x"]
+        tensor([[1., 0.],
+                [1., 1.]])
+    """
+    if not isinstance(batch, LazyStackedTensorDict) or not _is_ragged(batch):
+        return batch
+    found = dense(batch, list(batch.keys(True, True)), mask=mask)
+    for key in batch.keys(True, True, is_leaf=is_leaf_nontensor):
+        if found.get(key, None) is None and -1 not in batch.batch_size:
+            text = batch.get(key)
+            if isinstance(text, (NonTensorData, NonTensorStack)):
+                found.set(key, text)
+    if any(batch.names):
+        found.names = batch.names
+    return found
+
+
+def _is_ragged(batch: TensorDictBase) -> bool:
+    if not isinstance(batch, LazyStackedTensorDict):
+        return False
+    if -1 in batch.batch_size:
+        return True
+    rows = batch.unbind(batch.stack_dim)
+    if any(_is_ragged(row) for row in rows):
+        return True
+    return any(
+        row.get(key).shape != rows[0].get(key).shape
+        for key in batch.keys(True, True)
+        for row in rows[1:]
+    )
 
 
 def _stack_padded(values: list[Tensor], dim: int, *, left: bool) -> Tensor:

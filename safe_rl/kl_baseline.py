@@ -8,11 +8,11 @@ from tensordict import TensorDictBase
 from tensordict.nn import dispatch
 from tensordict.utils import NestedKey
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn import functional as F
 
 from safe_ops import kl_baseline
 from safe_rl.controllers import sum_over_ranks
-from safe_rl.keys import RESPONSE_MASK, KeyedModule, read_mask, read_per_token
+from safe_rl.keys import RESPONSE_MASK, KeyedModule, padded, read_mask, read_per_token
 
 
 def sum_places_over_ranks(*values: Tensor) -> tuple[Tensor, ...]:
@@ -28,7 +28,7 @@ def sum_places_over_ranks(*values: Tensor) -> tuple[Tensor, ...]:
         most = torch.tensor(width, device=values[0].device)
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         widest = int(most)
-    sums = sum_over_ranks(*(pad(value, (0, widest - width)) for value in values))
+    sums = sum_over_ranks(*(F.pad(value, (0, widest - width)) for value in values))
     return tuple(total[:width] for total in sums)
 
 
@@ -83,6 +83,7 @@ class KLBaseline(KeyedModule):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the baseline."""
         keys = self.tensor_keys
+        tensordict = padded(tensordict, mask=keys.response_mask)
         mask = read_mask(tensordict, keys.response_mask, like=keys.old_log_prob)
         baseline = kl_baseline(
             read_per_token(tensordict, keys.old_log_prob, mask),

@@ -7,7 +7,14 @@ from tensordict.nn import dispatch
 from tensordict.utils import NestedKey
 
 from safe_ops import fill_masked, kl_shaped_reward
-from safe_rl.keys import RESPONSE_MASK, KeyedModule, read_coefficient, read_mask, read_per_token
+from safe_rl.keys import (
+    RESPONSE_MASK,
+    KeyedModule,
+    padded,
+    read_coefficient,
+    read_mask,
+    read_per_token,
+)
 
 
 class KLReward(KeyedModule):
@@ -59,6 +66,7 @@ class KLReward(KeyedModule):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the shaped reward, [B, T, 1]."""
         keys = self.tensor_keys
+        tensordict = padded(tensordict, mask=keys.response_mask)
         mask = read_mask(tensordict, keys.response_mask, like=keys.reward)
         shaped = kl_shaped_reward(
             read_per_token(tensordict, keys.reward, mask),

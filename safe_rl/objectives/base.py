@@ -9,7 +9,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictParams, dispatch
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
-from torchrl.objectives import LossModule, ValueEstimators
+from torchrl.objectives import ValueEstimators
 from torchrl.objectives.value import ValueEstimatorBase
 
 from safe_ops import masked_sum
@@ -21,11 +21,12 @@ from safe_rl.keys import (
     dense,
     read_mask,
 )
+from safe_rl.objectives.settings import SettableLoss
 
 Reduction = Literal["mean", "sum", "none"]
 
 
-class Objective(LossModule):
+class Objective(SettableLoss):
     """A loss on a batch: ``loss_*`` entries whose sum is the loss, and detached diagnostics.
 
     Losses are sums over the tokens that count, divided by the tokens of the whole rollout: its
@@ -83,8 +84,6 @@ class Objective(LossModule):
         delay_value: bool = False,
     ) -> None:
         super().__init__()
-        if reduction not in ("mean", "sum", "none"):
-            raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
         self.reduction = reduction
         self._functional = functional and network is not None
         if self._functional:
@@ -97,6 +96,17 @@ class Objective(LossModule):
             self._has_update_associated["critic"] = False
         self._set_in_keys()
         self.out_keys = list(self.writes)
+
+    @property
+    def reduction(self) -> Reduction:
+        """See the class."""
+        return self._reduction
+
+    @reduction.setter
+    def reduction(self, reduction: Reduction) -> None:
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+        self._reduction: Reduction = reduction
 
     @property
     def functional(self) -> bool:
@@ -121,6 +131,20 @@ class Objective(LossModule):
             return self.network_params["critic"]
         return TensorDict.from_module(critic)
 
+    def set_keys(self, **kwargs: Any) -> None:
+        """Read other keys than the default ones; None is the default one.
+
+        A network that reads the response mask (``CausalLMActorCritic``) reads the same as the loss.
+
+        Raises:
+            ValueError: a name is not one of ``default_keys``.
+        """
+        super().set_keys(**kwargs)
+        masked = hasattr(getattr(self.network, "tensor_keys", None), "response_mask")
+        if "response_mask" in kwargs and masked and self.network is not None:
+            self.network.set_keys(response_mask=self.tensor_keys.response_mask)
+            self._set_in_keys()
+
     def make_value_estimator(
         self,
         value_type: ValueEstimators | ValueEstimatorBase | type[ValueEstimatorBase] | None = None,
@@ -128,8 +152,13 @@ class Objective(LossModule):
     ) -> "Objective":
         """Set ``value_estimator``: ``SoftMinGAE`` over the network's critic, or one that is given.
 
+        A critic that is a TensorDict module is called by the estimator, before and after each
+        step; of any other, as in ``CausalLMActorCritic``, the values are read from the batch. From
+        then on a batch without ``advantage`` or ``value_target`` gets both from the estimator.
+
         Args:
-            value_type: ``ValueEstimators.GAE``, which None means too, or an estimator or its class.
+            value_type: ``ValueEstimators.GAE`` or ``SoftMinGAE``, which None means too, or another
+                estimator or its class.
             hyperparams: Of the estimator; TorchRL's ``gamma`` and ``lmbda``, .99 and .95 unless
                 given, are ``discount`` and ``gae_lambda``.
 
@@ -138,12 +167,14 @@ class Objective(LossModule):
 
         Raises:
             NotImplementedError: ``value_type`` names another estimator.
-            TypeError: a hyper-parameter is not one of ``SoftMinGAE``.
+            TypeError: a hyper-parameter is not one of ``SoftMinGAE``, or is given under both names.
         """
-        if isinstance(value_type, (ValueEstimatorBase, type)):
+        own = value_type in (None, "gae", ValueEstimators.GAE, SoftMinGAE)
+        if not own and isinstance(value_type, (ValueEstimatorBase, type)):
             super().make_value_estimator(value_type, **hyperparams)
+            self._set_in_keys()
             return self
-        if value_type not in (None, "gae", ValueEstimators.GAE):
+        if not own:
             raise NotImplementedError(
                 f"{type(self).__name__} makes advantages with ValueEstimators.GAE, "
                 f"got {value_type}; an estimator of your own can be given as it is"
@@ -151,8 +182,12 @@ class Objective(LossModule):
         # TorchRL names the device of the estimator's buffers; there are none.
         hyperparams.pop("device", None)
         for theirs, ours, default in (("gamma", "discount", 0.99), ("lmbda", "gae_lambda", 0.95)):
+            if theirs in hyperparams and ours in hyperparams:
+                raise TypeError(f"give {ours} or {theirs}, which is TorchRL's name of it, not both")
             hyperparams.setdefault(ours, hyperparams.pop(theirs, default))
-        hyperparams.setdefault("value_network", self.critic_network)
+        critic = self.critic_network
+        called = isinstance(critic, TensorDictModuleBase)
+        hyperparams.setdefault("value_network", critic if called else None)
         self.value_type = ValueEstimators.GAE
         self._value_estimator = SoftMinGAE(**hyperparams)
         self._forward_value_estimator_keys()
@@ -171,23 +206,62 @@ class Objective(LossModule):
         made = set(self.network.out_keys) if self.network is not None else set()
         wanted = list(self.network.in_keys) if self.network is not None else []
         # Some may be missing, but `batch.select(*in_keys)` must not lose them.
-        for name in (*self.reads, *self.may_read):
-            key = getattr(self.tensor_keys, name)
-            if key not in made and key not in wanted:
-                wanted.append(key)
-        self.in_keys = wanted
+        read = [getattr(self.tensor_keys, name) for name in (*self.reads, *self.may_read)]
+        wanted += [key for key in read if key not in made]
+        if self._estimated() and self._value_estimator is not None:
+            wanted += self._value_estimator.in_keys
+        self.in_keys = list(dict.fromkeys(wanted))
+
+    def _estimated(self) -> list[NestedKey]:
+        """What the loss reads and an estimator writes."""
+        return [
+            getattr(self.tensor_keys, name)
+            for name in ("advantage", "value_target")
+            if name in self.reads
+        ]
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         """Losses and diagnostics of one batch, each 0-d, in a TensorDict of their own."""
         keys = [*self.in_keys, *self._loss_mask_keys()]
         tensordict = dense(tensordict, keys, mask=self.tensor_keys.response_mask)
+        if self._value_estimator is not None:
+            missing = [key for key in self._estimated() if tensordict.get(key, None) is None]
+            if missing:
+                tensordict = self._estimate(self._value_estimator, tensordict.copy())
         if self.network is not None:
             tensordict = self._run_network(self.network, tensordict.copy())
         return TensorDict(self.terms(tensordict, self.mask_of(tensordict)), [])
 
+    @torch.no_grad()
+    def _estimate(
+        self, estimator: ValueEstimatorBase, tensordict: TensorDictBase
+    ) -> TensorDictBase:
+        """Advantages and value targets: of the critic as it is, and of its target, if there is one.
+
+        As TorchRL's PPO, the critic values the states and its target what follows them. Where the
+        values come of one forward with the policy, the target's are those of both.
+        """
+        delayed = "target_critic_params" in self._modules
+        target = self.target_critic_params if delayed else None
+        critic = self.critic_network
+        if critic is not None and estimator.value_network is critic:
+            params = self.critic_params.detach() if self._functional else None
+            return estimator(tensordict, params=params, target_params=target)
+        if isinstance(estimator, SoftMinGAE) and estimator.value_network is None:
+            keys = estimator.tensor_keys
+            lacking = tensordict.get(keys.state_values, None) is None
+            if lacking and self.network is not None and keys.state_values in self.network.out_keys:
+                valued = self._run_network(self.network, tensordict.copy(), critic_params=target)
+                values = valued.select(keys.state_values, keys.bootstrap_values, strict=False)
+                tensordict.update(values)
+        return estimator(tensordict)
+
     def _run_network(
-        self, network: TensorDictModuleBase, tensordict: TensorDictBase
+        self,
+        network: TensorDictModuleBase,
+        tensordict: TensorDictBase,
+        critic_params: TensorDictBase | None = None,
     ) -> TensorDictBase:
         for name in self.fresh:
             key = getattr(self.tensor_keys, name)
@@ -198,8 +272,8 @@ class Objective(LossModule):
                 )
         if self._functional:
             with self.network_params.to_module(network):
-                return network(tensordict)
-        return network(tensordict)
+                return _run_with(network, tensordict, self.critic_network, critic_params)
+        return _run_with(network, tensordict, self.critic_network, critic_params)
 
     def terms(self, batch: TensorDictBase, mask: Tensor) -> dict[str, Tensor]:
         """Losses and diagnostics from a batch that holds the fresh log-probs.
@@ -234,6 +308,18 @@ class Objective(LossModule):
         if tokens_mean.ndim == 0:
             count = count * (math.prod(mask.shape[:-1]) if mask.ndim > 1 else mask.shape[0])
         return masked_sum(per_token, mask) / count.clamp_min(torch.finfo(count.dtype).tiny)
+
+
+def _run_with(
+    network: TensorDictModuleBase,
+    tensordict: TensorDictBase,
+    part: nn.Module | None,
+    params: TensorDictBase | None,
+) -> TensorDictBase:
+    if params is None or part is None:
+        return network(tensordict)
+    with params.to_module(part):
+        return network(tensordict)
 
 
 def total_loss(losses: TensorDictBase) -> Tensor:

@@ -1,6 +1,8 @@
 """The clipped policy loss with an entropy bonus."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
@@ -10,6 +12,7 @@ from torch import Tensor
 from safe_ops import clipped_policy_terms, masked_mean
 from safe_rl.keys import read_per_token
 from safe_rl.objectives.base import Objective, Reduction
+from safe_rl.objectives.settings import Rule
 
 
 class ClippedPolicyLoss(Objective):
@@ -20,7 +23,8 @@ class ClippedPolicyLoss(Objective):
 
     Args:
         network: See ``Objective``.
-        clip: Half-width of the trust interval of the ratio, or (low, high).
+        clip: Half-width of the trust interval of the ratio, or (low, high). ``loss.clip = 0.1``
+            changes it in place, ``loss.clip = (0.1, 0.2)`` a pair.
         entropy_coef: 0 for none. ``loss.entropy_coef = 0.003`` changes it in place.
         functional: See ``Objective``.
         reduction: See ``Objective``.
@@ -48,7 +52,9 @@ class ClippedPolicyLoss(Objective):
 
     default_keys = _AcceptedKeys
     tensor_keys: _AcceptedKeys
-    _schedulable_buffers = frozenset({"entropy_coef"})
+    _schedulable_buffers = frozenset({"clip", "entropy_coef"})
+    settings: ClassVar[Mapping[str, Rule]] = {"clip": "positive", "entropy_coef": "not negative"}
+    clip: Tensor
     entropy_coef: Tensor
     reads = ("log_prob", "old_log_prob", "advantage", "entropy", "response_mask")
     fresh = ("log_prob", "entropy")
@@ -72,12 +78,8 @@ class ClippedPolicyLoss(Objective):
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__(network, functional=functional, reduction=reduction)
-        if not (min(clip) if isinstance(clip, tuple) else clip) > 0:
-            raise ValueError(f"clip must be positive, got {clip}")
-        if not entropy_coef >= 0:
-            raise ValueError(f"entropy_coef must not be negative, got {entropy_coef}")
-        self.clip = clip
-        self.register_coeff_buffer("entropy_coef", entropy_coef)
+        self._register_coefficient("clip", clip)
+        self._register_coefficient("entropy_coef", entropy_coef)
 
     def terms(self, batch: TensorDictBase, mask: Tensor) -> dict[str, Tensor]:
         """See the class."""

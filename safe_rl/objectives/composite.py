@@ -12,8 +12,9 @@ from safe_rl.objectives.base import Objective, Reduction
 class SumOfObjectives(Objective):
     """Runs the network once and hands the batch to each part.
 
-    Keys and coefficients are set here for all parts: ``loss.set_keys(...)``,
-    ``loss.entropy_coef = 0.0``. A subclass lists the keys of its parts in ``_AcceptedKeys``.
+    Keys and settings are set here for all parts: ``loss.set_keys(...)``,
+    ``loss.entropy_coef = 0.0``, ``loss.huber_delta = None``; the clip of the value loss is
+    ``loss.value_clip``. A subclass lists the keys of its parts in ``_AcceptedKeys``.
 
     Args:
         network: See ``Objective``.
@@ -59,24 +60,35 @@ class SumOfObjectives(Objective):
             for name, value in part.terms(batch, mask).items()
         }
 
-    # A coefficient belongs to a part, the reduction to all. Set on the sum, they would otherwise
-    # become attributes that nothing reads.
+    # A setting belongs to a part, the reduction to all. Set on the sum, they would otherwise be
+    # attributes that nothing reads.
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "reduction":
-            for part in self.__dict__.get("_objectives", ()):
-                part.reduction = value
-        owner = self._owner(name)
-        if owner is None:
+        owners = self._owners(name)
+        shared = self.__dict__.get("_objectives", ()) if name == "reduction" else ()
+        for part, own in (*owners, *((part, name) for part in shared)):
+            part._set(own, value, called=name)
+        if not owners:
             super().__setattr__(name, value)
-        else:
-            setattr(owner, name, value)
 
     def __getattr__(self, name: str) -> Any:
-        owner = self._owner(name)
-        return super().__getattr__(name) if owner is None else getattr(owner, name)
+        for part, own in self._owners(name):
+            return getattr(part, own)
+        return super().__getattr__(name)
 
-    def _owner(self, name: str) -> Objective | None:
-        for part in self.__dict__.get("_objectives", ()):
-            if name in part._schedulable_buffers:
-                return part
-        return None
+    def _owners(self, name: str) -> list[tuple[Objective, str]]:
+        """The parts with a setting that has that name here, and its name there."""
+        return [
+            (part, own)
+            for part in self.__dict__.get("_objectives", ())
+            for own in part.settings
+            if part.names_on_a_sum.get(own, own) == name
+        ]
+
+    def _known_settings(self) -> list[str]:
+        own = super()._known_settings()
+        of_parts = [
+            part.names_on_a_sum.get(name, name)
+            for part in self._objectives
+            for name in part.settings
+        ]
+        return sorted({*own, *of_parts})

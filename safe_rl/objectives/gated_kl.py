@@ -1,7 +1,8 @@
 """The KL penalty, with the gradient it should have; and its one-sided reading per token."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from tensordict import TensorDictBase
@@ -12,6 +13,7 @@ from torch import Tensor
 from safe_ops import fill_masked, kl_k1, kl_k3, kl_surrogate, masked_mean, token_kl_penalty
 from safe_rl.keys import read_coefficient, read_per_token
 from safe_rl.objectives.base import Objective, Reduction
+from safe_rl.objectives.settings import Rule
 
 
 class GatedKLLoss(Objective):
@@ -63,6 +65,7 @@ class GatedKLLoss(Objective):
 
     default_keys = _AcceptedKeys
     tensor_keys: _AcceptedKeys
+    settings: ClassVar[Mapping[str, Rule]] = {"surrogate": "any"}
     reads = ("log_prob", "old_log_prob", "ref_log_prob", "kl_coef", "response_mask")
     may_read = ("response_tokens_mean", "kl_baseline", "entropy_gate")
     fresh = ("log_prob",)
@@ -152,6 +155,7 @@ class TokenKLLoss(Objective):
     default_keys = _AcceptedKeys
     tensor_keys: _AcceptedKeys
     _schedulable_buffers = frozenset({"token_kl_coef"})
+    settings: ClassVar[Mapping[str, Rule]] = {"token_kl_coef": "not negative"}
     token_kl_coef: Tensor
     reads = ("log_prob", "ref_log_prob", "kl_threshold", "entropy_gate", "response_mask")
     fresh = ("log_prob",)
@@ -167,9 +171,7 @@ class TokenKLLoss(Objective):
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__(network, functional=functional, reduction=reduction)
-        if not token_kl_coef >= 0:
-            raise ValueError(f"token_kl_coef must not be negative, got {token_kl_coef}")
-        self.register_coeff_buffer("token_kl_coef", token_kl_coef)
+        self._register_coefficient("token_kl_coef", token_kl_coef)
 
     def terms(self, batch: TensorDictBase, mask: Tensor) -> dict[str, Tensor]:
         """See the class."""

@@ -1,6 +1,8 @@
 """The value loss of a soft-min critic: every head is fitted."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
@@ -10,6 +12,7 @@ from torch import Tensor
 from safe_ops import explained_variance, masked_mean, soft_min, value_terms
 from safe_rl.keys import read_heads
 from safe_rl.objectives.base import Objective, Reduction
+from safe_rl.objectives.settings import Rule
 
 
 class SoftMinValueLoss(Objective):
@@ -25,7 +28,8 @@ class SoftMinValueLoss(Objective):
         huber_delta: Reward units; None is the squared loss.
         value_coef: Factor of the loss. ``loss.value_coef = 0.1`` changes it in place.
         clip: Half-width of the change from ``old_state_values`` beyond which the value is clipped,
-            in the units of the return; None: no clip. It often hurts.
+            in the units of the return; None: no clip. It often hurts. ``loss.clip = 0.1`` changes
+            it in place, ``loss.value_clip = 0.1`` on a sum.
         functional: See ``Objective``.
         reduction: See ``Objective``.
         delay_value: See ``Objective``.
@@ -51,8 +55,16 @@ class SoftMinValueLoss(Objective):
 
     default_keys = _AcceptedKeys
     tensor_keys: _AcceptedKeys
-    _schedulable_buffers = frozenset({"value_coef"})
+    _schedulable_buffers = frozenset({"value_coef", "clip"})
+    settings: ClassVar[Mapping[str, Rule]] = {
+        "temperature": "positive",
+        "huber_delta": "positive or None",
+        "value_coef": "not negative",
+        "clip": "positive or None",
+    }
+    names_on_a_sum: ClassVar[Mapping[str, str]] = {"clip": "value_clip"}
     value_coef: Tensor
+    clip: Tensor | None
     reads = ("state_values", "value_target", "response_mask")
     fresh = ("state_values",)
     shaped_like = "value_target"
@@ -75,19 +87,10 @@ class SoftMinValueLoss(Objective):
         super().__init__(
             network, functional=functional, reduction=reduction, delay_value=delay_value
         )
-        if not value_coef >= 0:
-            raise ValueError(f"value_coef must not be negative, got {value_coef}")
-        for name, value in {
-            "temperature": temperature,
-            "huber_delta": huber_delta,
-            "clip": clip,
-        }.items():
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
         self.temperature = temperature
         self.huber_delta = huber_delta
-        self.clip = clip
-        self.register_coeff_buffer("value_coef", value_coef)
+        self._register_coefficient("value_coef", value_coef)
+        self._register_coefficient("clip", clip)
 
     def terms(self, batch: TensorDictBase, mask: Tensor) -> dict[str, Tensor]:
         """See the class."""

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -210,6 +210,11 @@ def test_a_shared_target_may_keep_its_head_dimension(heads: int) -> None:
 
 @PROPERTY
 @given(grids, grids, masks)
+@example(
+    torch.tensor([[0.0, 1.0]], dtype=torch.float64),
+    torch.tensor([[0.0, 5e-155]], dtype=torch.float64),
+    torch.ones(1, 2, dtype=torch.bool),
+)
 def test_explained_variance_is_one_minus_the_share_of_the_residual(
     value: Tensor, target: Tensor, mask: Tensor
 ) -> None:

@@ -19,7 +19,16 @@ from torch.testing import assert_close
 from torchrl.modules import IndependentNormal, OneHotCategorical, ProbabilisticActor, TanhNormal
 from torchrl.objectives import ClipPPOLoss, SoftUpdate
 
-from safe_rl import ActorCritic, ClippedPolicyLoss, PPOLoss, SAFELoss, Scores, SoftMinValueLoss
+from safe_rl import (
+    ActorCritic,
+    ClippedPolicyLoss,
+    PPOLoss,
+    SAFELoss,
+    Scores,
+    SoftMinValueLoss,
+    total_loss,
+)
+from tests.safe_rl.objectives.test_every_objective import OBJECTIVES
 
 FRAMES, OBSERVED = 12, 3
 
@@ -75,9 +84,10 @@ ACTORS = {"discrete": discrete, "continuous": continuous, "composite": composite
 every = pytest.mark.parametrize("make_actor", ACTORS.values(), ids=ACTORS)
 
 
-@pytest.fixture(autouse=True)
-def _parts_apart():
-    with set_composite_lp_aggregate(False):
+@pytest.fixture(autouse=True, params=[False, True], ids=["apart", "added up"])
+def _composite_log_prob(request):
+    """TorchRL's global flag: a log-prob for each part of a composite, or one of all."""
+    with set_composite_lp_aggregate(request.param):
         yield
 
 
@@ -116,19 +126,21 @@ def with_old_log_prob(batch):
 
 @every
 def test_value_and_gradient_are_those_of_torchrls_loss(make_actor):
-    actor, critic = networks(make_actor, heads=1)
-    batch = frames(actor)
-    theirs = ClipPPOLoss(
-        copy.deepcopy(actor),
-        TensorDictModule(copy.deepcopy(critic.module), ["observation"], ["state_value"]),
-        clip_epsilon=0.2,
-        entropy_coeff=0.03,
-        critic_coeff=0.5,
-        loss_critic_type="smooth_l1",
-    )
-    if make_actor is composite:
-        theirs.set_keys(action=["choice", "torque"], sample_log_prob=log_prob_keys(batch))
-    expected = theirs(batch)
+    # TorchRL's loss takes the log-prob of each part; ours is called as the flag is.
+    with set_composite_lp_aggregate(False):
+        actor, critic = networks(make_actor, heads=1)
+        batch = frames(actor)
+        theirs = ClipPPOLoss(
+            copy.deepcopy(actor),
+            TensorDictModule(copy.deepcopy(critic.module), ["observation"], ["state_value"]),
+            clip_epsilon=0.2,
+            entropy_coeff=0.03,
+            critic_coeff=0.5,
+            loss_critic_type="smooth_l1",
+        )
+        if make_actor is composite:
+            theirs.set_keys(action=["choice", "torque"], sample_log_prob=log_prob_keys(batch))
+        expected = theirs(batch)
     ours = PPOLoss(ActorCritic(actor, critic), entropy_coef=0.03, huber_delta=1.0)
     found = ours(with_old_log_prob(batch))
     for mine, name in (
@@ -145,6 +157,34 @@ def test_value_and_gradient_are_those_of_torchrls_loss(make_actor):
     for got, reference in zip(actor.parameters(), params, strict=True):
         assert got.grad.any()
         assert_close(got.grad, reference.grad)
+
+
+def rows_of_steps(actor) -> TensorDict:
+    """[2, 6], with what every objective reads beside the network's."""
+    batch = with_old_log_prob(frames(actor)).reshape(2, 6)
+    generator = torch.Generator().manual_seed(5)
+    batch["ref_log_prob"] = batch["old_log_prob"] - torch.rand(2, 6, generator=generator).double()
+    batch["old_state_values"] = torch.randn(2, 6, 2, generator=generator).double()
+    for key, value in {"kl_coef": 0.7, "kl_threshold": 0.1, "entropy_gate": 1.5}.items():
+        batch[key] = torch.full((2, 6), value, dtype=torch.float64)
+    return batch
+
+
+@every
+@pytest.mark.parametrize("make", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_every_objective_takes_every_actor(make, make_actor):
+    """The network in the loss gives what it writes into the batch gives, and a gradient."""
+    actor, critic = networks(make_actor)
+    network, batch = ActorCritic(actor, critic), rows_of_steps(actor)
+    loss = make(network)
+    losses = loss(batch)
+    assert list(losses.keys()) == loss.out_keys
+    assert_close(losses.to_dict(), make()(network(batch.copy())).to_dict(), rtol=0, atol=0)
+    assert_close(loss(batch.select(*loss.in_keys, strict=False)).to_dict(), losses.to_dict())
+    total_loss(losses).backward()
+    for module, trained in ((actor, "log_prob"), (critic, "state_values")):
+        moved = any(p.grad is not None and p.grad.any() for p in module.parameters())
+        assert moved is (trained in loss.fresh)
 
 
 @every
@@ -202,8 +242,9 @@ def test_no_gradient_flows_into_the_action():
 def test_an_actor_alone_under_the_clipped_loss():
     actor, _ = networks(discrete)
     loss = ClippedPolicyLoss(ActorCritic(actor))
-    loss.set_keys(old_log_prob="action_log_prob")
-    result = loss(frames(actor))
+    batch = frames(actor)
+    loss.set_keys(old_log_prob=log_prob_keys(batch)[0])
+    result = loss(batch)
     assert 0 < result["entropy_new_nats_per_token"] < torch.tensor(2.0).log()
     with pytest.raises(ValueError, match="network must write 'state_values'"):
         PPOLoss(ActorCritic(actor))(frames(actor))

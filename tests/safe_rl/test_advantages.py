@@ -383,9 +383,47 @@ def test_an_ambiguous_layout_is_refused():
     estimate = SoftMinGAE(value_network=critic(2))
     with pytest.raises(ValueError, match=r"which dimension of \(12,\) is time\?"):
         estimate(observed().reshape(-1))
-    rows = TensorDict({k: v for k, v in rollout().items() if k != "response_mask"}, [4])
-    with pytest.raises(ValueError, match="batch must hold 'response_mask'"):
+    rows = rollout().exclude("response_mask")
+    message = (
+        r"batch must hold 'response_mask'.*'reward' is \(4, 5, 1\) in a batch \[4\].*Give "
+        r"'response_mask' \[4, 5\]; or, where every step counts, batch_size=\[4, 5\], or time_dim=1"
+    )
+    with pytest.raises(ValueError, match=message):
         SoftMinGAE()(rows)
+    # A loss has no time to be told.
+    message = r"'old_log_prob' is \(4, 5\) in a batch \[4\].*batch_size=\[4, 5\]$"
+    with pytest.raises(ValueError, match=message):
+        ClippedPolicyLoss()(make_batch().exclude("response_mask"))
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("time_dim", [1, -1])
+def test_a_time_that_is_given_says_that_every_step_counts(time_dim, shifted):
+    """[B, T, 1] in a batch [B], where TorchRL's GAE wants a time_dim too."""
+    arguments = {"value_network": critic(2), "discount": 0.9, "shifted": shifted}
+    expected = SoftMinGAE(**arguments)(observed())
+    rows = TensorDict(observed().to_dict(), [2])
+    for estimate, given in (
+        (SoftMinGAE(**arguments), time_dim),
+        (SoftMinGAE(time_dim=time_dim, **arguments), None),
+    ):
+        found = estimate(rows.copy(), time_dim=given)
+        assert found.batch_size == (2,)
+        for key in estimate.out_keys:
+            assert_close(found[key], expected[key])
+    # A mask says more than the time.
+    rows["response_mask"] = torch.arange(6) < torch.tensor([[6], [4]])
+    rows["next", "done"][1, 3] = rows["next", "truncated"][1, 3] = True
+    masked = SoftMinGAE(**arguments)(rows, time_dim=time_dim)
+    assert not masked["advantage"][1, 4:].any()
+
+
+def test_rows_of_one_step():
+    one = TensorDict({k: v[:, :1] for k, v in rollout().items() if k != "response_mask"}, [4])
+    one["terminated"] = torch.ones(4, 1, 1, dtype=torch.bool)
+    found = SoftMinGAE(average_gae=False)(one, time_dim=1)
+    value = soft_min(one["state_values"], 0.3)
+    assert_close(found["advantage"].squeeze(-1), one["reward"].squeeze(-1) - value)
 
 
 def test_done_stands_in_for_truncated():
@@ -424,6 +462,62 @@ def test_the_objective_makes_its_estimator():
         PPOLoss().make_value_estimator(ValueEstimators.TDLambda)
     with pytest.raises(TypeError, match="lamda"):
         PPOLoss().make_value_estimator(lamda=0.5)
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("own_keys", [False, True])
+def test_what_is_written_is_what_out_keys_say(shifted, own_keys):
+    network = critic(2, "v" if own_keys else "state_values")
+    estimate = SoftMinGAE(value_network=network, shifted=shifted)
+    if own_keys:
+        estimate.set_keys(state_values="v", value="pessimistic", advantage=("gae", "a"))
+        assert ("next", "v") in estimate.out_keys
+    batch = observed()
+    before = set(batch.keys(True, True))
+    found = estimate(batch)
+    assert set(found.keys(True, True)) - before == set(estimate.out_keys)
+    assert len(estimate.out_keys) == len(set(estimate.out_keys)) == 5 + shifted
+    given = observed()
+    called = estimate(**{
+        key if isinstance(key, str) else "_".join(key): given[key]
+        for key in estimate.in_keys
+        if given.get(key, None) is not None
+    })  # fmt: skip
+    for value, key in zip(called, estimate.out_keys, strict=True):
+        assert_close(value, found[key])
+
+
+def test_what_is_written_without_a_network():
+    batch = rollout()
+    before = set(batch.keys(True, True))
+    estimate = SoftMinGAE()
+    assert set(estimate(batch).keys(True, True)) - before == set(estimate.out_keys)
+
+
+def test_the_values_that_follow_are_called_as_the_values_are():
+    estimate = SoftMinGAE()
+    estimate.set_keys(state_values="v")
+    assert estimate.tensor_keys.next_state_values == ("next", "v")
+    estimate.set_keys(state_values=("critic", "v"))
+    assert estimate.tensor_keys.next_state_values == ("next", "critic", "v")
+    estimate.set_keys(state_values="v", next_state_values="after")
+    assert estimate.tensor_keys.next_state_values == "after"
+    # A loss hands on what it has.
+    estimate.set_keys(state_values="v", advantage="a")
+    assert estimate.tensor_keys.next_state_values == "after"
+
+
+def test_heads_are_not_overwritten_by_their_soft_min():
+    estimate = SoftMinGAE(value_network=critic(2, "state_value"))
+    estimate.set_keys(state_values="state_value")
+    message = r"two keys where there are 2 heads, got 'state_value' for both.*set_keys\(value="
+    with pytest.raises(ValueError, match=message):
+        estimate(observed())
+    one = SoftMinGAE(value_network=critic(1, "state_value"))
+    one.set_keys(state_values="state_value")
+    found = one(observed())
+    assert_close(found["state_value"], critic(1).module(observed()["observation"]).detach())
+    assert one.out_keys.count("state_value") == 1
 
 
 def test_dispatch():

@@ -20,7 +20,7 @@ from transformers import (
     LlamaModel,
 )
 
-from safe_rl import CausalLMActorCritic, SoftMinCritic, total_loss
+from safe_rl import CausalLMActorCritic, PPOLoss, Scores, SoftMinCritic, total_loss
 from safe_rl.objectives import SAFELoss
 from safe_rl.rollouts import left_pad, pack_rollout
 from tests.tiny_models import llama_config
@@ -391,3 +391,40 @@ def test_a_bad_batch_is_named(network, spoil: Callable[[TensorDict], None], mess
     spoil(batch)
     with pytest.raises(ValueError, match=message):
         network(batch)
+
+
+# --- keys ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("functional", [False, True])
+def test_the_network_reads_the_mask_that_the_loss_reads(network, functional):
+    batch = rollout()
+    batch["old_log_prob"] = -2 - torch.arange(6) / 7 * torch.ones(4, 1)
+    batch["advantage"], batch["value_target"] = torch.ones(4, 6, 1), torch.zeros(4, 6, 1)
+    expected = PPOLoss(network)(batch)
+    loss = PPOLoss(network, functional=functional)
+    loss.set_keys(response_mask=("masks", "response"))
+    moved = batch.rename_key_("response_mask", ("masks", "response"))
+    assert_close(loss(moved).to_dict(), expected.to_dict())
+    assert ("masks", "response") in loss.in_keys
+    assert "response_mask" not in loss.in_keys
+    assert loss.in_keys.count(("masks", "response")) == 1
+    read = moved.select(*loss.in_keys, strict=False)
+    assert_close(loss(read).to_dict(), expected.to_dict())
+    loss.set_keys(response_mask=None)
+    assert "response_mask" in network.in_keys
+    with pytest.raises(ValueError, match="'response_mask'"):
+        loss(moved)
+
+
+def test_scores_of_a_network_follow_its_mask(network):
+    scores = Scores(network, {"log_prob": "old_log_prob"})
+    expected = scores(rollout())["old_log_prob"]
+    network.set_keys(response_mask="counts")
+    assert "counts" in scores.in_keys
+    moved = rollout().rename_key_("response_mask", "counts")
+    assert_close(scores(moved)["old_log_prob"], expected, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="must hold 'counts'"):
+        network(rollout())
+    with pytest.raises(ValueError, match="mask is not an accepted"):
+        network.set_keys(mask="x")

@@ -161,6 +161,7 @@ def run(
         hidden, batch = entries(rows + more, length + more, seed=step)
         for each in (module, eager):
             each.loss.entropy_coef = 0.01 / (1 + step)
+            each.loss.clip = 0.2 / (1 + step % 5)
             each.loss.token_kl_coef = 0.1 * (1 + step % 3)
         with torch._dynamo.config.patch(error_on_recompile=step > 0):
             loss, decided = compiled(hidden, batch)
@@ -273,7 +274,7 @@ def chain() -> TensorDictSequential:
         PolicyMeasurements(),
         ControllerModule(EntropyGatedKL(coef=1.0)),
         SoftMinGAE(discount=0.99),
-        SAFELoss(token_kl_coef=0.1),
+        SAFELoss(clip=(0.2, 0.3), value_clip=0.2, token_kl_coef=0.1),
     )
 
 
@@ -283,6 +284,7 @@ def scored(step: int) -> TensorDict:
     given["log_prob"] = given["old_log_prob"] + 0.01 * hidden[..., 0]
     given["entropy"] = hidden[..., 1].abs()
     given["state_values"] = hidden[..., 2:4].clone()
+    given["old_state_values"] = hidden[..., 4:6].clone()
     order = torch.randperm(len(given), generator=torch.Generator().manual_seed(step)).tolist()
     names = list(given)
     batch = TensorDict({names[place]: given[names[place]] for place in order}, [hidden.shape[0]])
@@ -306,6 +308,8 @@ def test_the_chain_of_modules_is_one_graph() -> None:
         for each in (eager, module):
             each[-1].entropy_coef = 0.01 / (1 + step)
             each[-1].value_coef = 0.5 * (1 + step)
+            each[-1].clip = (0.2 / step, 0.3 / step)
+            each[-1].value_clip = 0.5 / step
         batch = scored(step)
         orders.add(tuple(batch.keys()))
         with torch._dynamo.config.patch(error_on_recompile=True):

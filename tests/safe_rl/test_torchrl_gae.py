@@ -10,6 +10,8 @@ Where the two do not agree, and on purpose:
 - lambda 0: their vectorised form raises IndexError.
 """
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -67,12 +69,13 @@ def exact_floats(*values: float) -> list[Tensor]:
 def case(
     batch: tuple[int, ...],
     steps: int,
-    features: int,
+    features: int | tuple[int, ...],
     ends: str,
     dtype: torch.dtype = torch.float64,
 ) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    shape = (*batch, steps, features)
+    features = (features,) if isinstance(features, int) else features
+    shape = (*batch, steps, *features)
 
     def normal() -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
@@ -83,9 +86,10 @@ def case(
         done = torch.rand(shape, generator=generator) < 0.15
         terminated = done & (torch.rand(shape, generator=generator) < 0.5)
     elif ends == "middle":
-        done[..., steps // 2, :] = True
-        terminated[..., steps // 2, :] = True
-        done[..., -1, :] = True
+        time = len(batch)
+        done.select(time, steps // 2).fill_(True)
+        terminated.select(time, steps // 2).fill_(True)
+        done.select(time, -1).fill_(True)
     return {
         "state_value": normal(),
         "next_state_value": normal(),
@@ -95,28 +99,49 @@ def case(
     }
 
 
-cases = [
-    pytest.mark.parametrize("ends", ["none", "middle", "random"]),
-    pytest.mark.parametrize("features", [1, 3]),
-    pytest.mark.parametrize("batch", [(1,), (4,), (2, 3)]),
-    pytest.mark.parametrize("steps", [1, 50]),
-    pytest.mark.parametrize("lmbda", [0.1, 0.99]),
-    pytest.mark.parametrize("gamma", [0.1, 0.99]),
-]
+# As test_gae and test_gae_multidim of TorchRL have them, and 1 beside their discounts.
+NUMBERS = (0.1, 0.5, 0.99, 1.0)
+SIZES = [((1,), steps) for steps in (1, 3, 5, 200)]
+SIZES += [(features, steps) for features in ((5,), (2, 5)) for steps in (3, 100)]
 
 
-def every_case(test):
-    for mark in cases:
-        test = mark(test)
-    return test
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("ends", ["none", "middle", "random"])
+@pytest.mark.parametrize("batch", [(1,), (3,), (7, 3)])
+@pytest.mark.parametrize(("features", "steps"), SIZES)
+def test_one_discount(features, steps, batch, ends, dtype):
+    given = case(batch, steps, features, ends, dtype)
+    exact = {"rtol": 0, "atol": 1e-12} if dtype is torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
+    time = {"time_dim": -1 - len(features)}
+    for gamma, lmbda in itertools.product(NUMBERS, NUMBERS):
+        found = adapter(gamma, lmbda, **given, **time)
+        vectorised = torchrl_vectorised(gamma, lmbda, **given, **time)
+        assert_close(found, vectorised, rtol=1e-4, atol=1e-4)
+        # Their loop takes its time: all of its lengths with one lambda, the short ones with all.
+        if steps <= 5 or lmbda == gamma:
+            looped = torchrl_loop(*exact_floats(gamma, lmbda), **given, **time)
+            assert_close(found, tuple(x.to(dtype) for x in looped), **exact)
 
 
-@every_case
-def test_one_discount(gamma, lmbda, steps, batch, features, ends):
-    given = case(batch, steps, features, ends)
+# As test_gae_param_as_tensor of TorchRL has them.
+KINDS = {
+    "scalar": lambda x, like: x,
+    "tensor": lambda x, like: torch.full_like(like, x),
+    "tensor_single_element": lambda x, like: torch.tensor([x], dtype=like.dtype),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("ends", ["none", "random"])
+@pytest.mark.parametrize("batch", [(1,), (8,), (7, 3)])
+@pytest.mark.parametrize("lmbda_kind", KINDS)
+@pytest.mark.parametrize("gamma_kind", KINDS)
+def test_a_discount_as_a_tensor(gamma_kind, lmbda_kind, batch, ends, dtype):
+    given = case(batch, 200, 1, ends, dtype)
+    gamma = KINDS[gamma_kind](0.95, given["reward"])
+    lmbda = KINDS[lmbda_kind](0.9, given["reward"])
     found = adapter(gamma, lmbda, **given)
-    assert_close(found, torchrl_loop(*exact_floats(gamma, lmbda), **given), rtol=0, atol=1e-12)
-    assert_close(found, torchrl_vectorised(gamma, lmbda, **given), rtol=1e-4, atol=1e-5)
+    assert_close(found, torchrl_vectorised(0.95, 0.9, **given), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("ends", ["none", "middle", "random"])

@@ -30,6 +30,7 @@ OBJECTIVES = {
     ),
     "token_kl": TokenKLLoss,
     "ppo": PPOLoss,
+    "ppo clipped": lambda network=None, **k: PPOLoss(network, value_clip=0.2, **k),
     "safe": SAFELoss,
     "safe with all": lambda network=None, **k: SAFELoss(
         network, value_clip=0.2, token_kl_coef=0.3, **k
