@@ -55,9 +55,9 @@ class CausalLMActorCritic(KeyedModule):
     Raises:
         ValueError: the model has no head or no backbone, or makes positions in three dimensions
             outside its backbone, or is a ``PeftModel``, whose base model
-            is what is meant; its logits are not those of its head (they are scaled or capped
-            afterwards, as Gemma 2, Cohere and Granite do); ``temperature`` is not positive; a batch
-            has no prompt token, or a mask has not the shape of its tokens.
+            is what is meant; its logits are not those of its head, nor of the head and the scale in
+            its config, as with Cohere and Granite (Gemma 2 caps them); ``temperature`` is not
+            positive; a batch has no prompt token, or a mask has not the shape of its tokens.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -108,7 +108,7 @@ class CausalLMActorCritic(KeyedModule):
             )
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
-        _check_head(language_model, head)
+        self._scale = _head_scale(language_model, head)
         # The backbone and the head are parts of the model: held beside it in a tuple, they are not
         # registered a second time.
         self._backbone_and_head = (backbone, head)
@@ -183,24 +183,25 @@ class CausalLMActorCritic(KeyedModule):
 
     def _head_log_probs(self, states: Tensor, batch: TensorDictBase) -> TokenLogProbs:
         _, head = self._backbone_and_head
+        temperature = self.temperature / self._scale
         tokens, mask = batch["tokens", "response"], batch[self.tensor_keys.response_mask]
         if type(head) is nn.Linear:
             return linear_log_probs(
-                states, head.weight, tokens, bias=head.bias, mask=mask, temperature=self.temperature
+                states, head.weight, tokens, bias=head.bias, mask=mask, temperature=temperature
             )
-        scored = token_log_probs(head(states), tokens, temperature=self.temperature)
+        scored = token_log_probs(head(states), tokens, temperature=temperature)
         return TokenLogProbs(*(torch.where(mask, x, 0.0) for x in scored))
 
 
 @torch.no_grad()
-def _check_head(language_model: nn.Module, head: nn.Module) -> None:
-    """The model's own forward, on a few tokens: are its logits what the head gives?
+def _head_scale(language_model: nn.Module, head: nn.Module) -> float:
+    """By what the model's own forward, on a few tokens, multiplies the logits of the head.
 
-    A model on the meta device has no numbers to compare.
+    A model on the meta device has no numbers to compare: 1.
     """
     weight = next(language_model.parameters())
     if weight.is_meta:
-        return
+        return 1.0
     modes = [(module, module.training) for module in language_model.modules()]
     language_model.eval()
     try:
@@ -218,9 +219,18 @@ def _check_head(language_model: nn.Module, head: nn.Module) -> None:
             module.training = training
     logits = output.logits
     rounding = 8 * torch.finfo(logits.dtype).eps * logits.abs().max()
-    if of_head.shape != logits.shape or (of_head - logits).abs().max() > rounding:
-        raise ValueError(
-            "language_model must have the logits of its head, got a "
-            f"{type(language_model).__name__}, which changes them afterwards (a scale or a cap): "
-            "tokens would be sampled from another distribution than they are scored with"
-        )
+    config = language_model.config
+    # Cohere multiplies by one, Granite divides by the other.
+    scales = (1.0, getattr(config, "logit_scale", 1.0), 1 / getattr(config, "logits_scaling", 1.0))
+    for scale in scales:
+        if (
+            scale > 0
+            and of_head.shape == logits.shape
+            and (scale * of_head - logits).abs().max() <= rounding
+        ):
+            return float(scale)
+    raise ValueError(
+        "language_model must have the logits of its head, got a "
+        f"{type(language_model).__name__}, which changes them afterwards by more than the scale in "
+        "its config: tokens would be sampled from another distribution than they are scored with"
+    )

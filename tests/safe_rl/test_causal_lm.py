@@ -20,6 +20,7 @@ from transformers import (
     LlamaModel,
 )
 
+from safe_ops import token_log_probs
 from safe_rl import CausalLMActorCritic, PPOLoss, Scores, SoftMinCritic, total_loss
 from safe_rl.objectives import SAFELoss
 from safe_rl.rollouts import left_pad, pack_rollout
@@ -332,20 +333,39 @@ SIZES = {
 }
 
 
+def test_a_model_that_changes_the_logits_of_its_head_is_refused():
+    torch.manual_seed(0)
+    language_model = Gemma2ForCausalLM(Gemma2Config(head_dim=8, **SIZES)).train()
+    with pytest.raises(ValueError, match="logits of its head, got a Gemma2ForCausalLM"):
+        CausalLMActorCritic(language_model, SoftMinCritic(16))
+    assert all(module.training for module in language_model.modules())
+
+
 @pytest.mark.parametrize(
     ("model", "config"),
     [
-        (Gemma2ForCausalLM, Gemma2Config(head_dim=8, **SIZES)),
-        (CohereForCausalLM, CohereConfig(**SIZES)),
-        (GraniteForCausalLM, GraniteConfig(logits_scaling=8.0, **SIZES)),
+        (CohereForCausalLM, CohereConfig(logit_scale=0.3, **SIZES)),
+        (GraniteForCausalLM, GraniteConfig(logits_scaling=0.2, **SIZES)),
     ],
 )
-def test_a_model_that_changes_the_logits_of_its_head_is_refused(model, config):
+def test_a_model_that_scales_the_logits_of_its_head_is_scored_as_it_samples(model, config):
     torch.manual_seed(0)
-    language_model = model(config).train()
-    with pytest.raises(ValueError, match=f"logits of its head, got a {model.__name__}"):
-        CausalLMActorCritic(language_model, SoftMinCritic(16))
-    assert all(module.training for module in language_model.modules())
+    language_model = model(config).eval()
+    batch = rollout()
+    network = CausalLMActorCritic(language_model, SoftMinCritic(16), temperature=0.7)
+    scored = network(batch)
+    tokens = torch.cat((batch["tokens", "prompt"], batch["tokens", "response"]), 1)
+    mask = torch.cat((batch["prompt_mask"], batch["response_mask"]), 1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = language_model(tokens, attention_mask=mask, position_ids=positions).logits
+    response = batch["tokens", "response"]
+    logits = logits[:, -response.shape[1] - 1 : -1]
+    expected = token_log_probs(logits, response, temperature=0.7)
+    counts = batch["response_mask"]
+    torch.testing.assert_close(scored["log_prob"][counts], expected.log_prob[counts])
+    torch.testing.assert_close(scored["entropy"][counts], expected.entropy[counts])
+    plain = token_log_probs(logits / network._scale, response, temperature=0.7)
+    assert (plain.log_prob - expected.log_prob)[counts].abs().max() > 1e-2
 
 
 def test_on_the_meta_device_the_head_is_not_looked_at():
