@@ -373,7 +373,7 @@ class SoftMinGAE(ValueEstimatorBase):
     ) -> TensorDictBase:
         if params is None:
             return network(states)
-        with params.to_module(network):
+        with params.to_module(network, preserve_module_state=False):
             return network(states)
 
 

@@ -62,7 +62,7 @@ def as_the_model_takes_them(
             ``mm_token_type_ids`` [B, P], where there are any; anything else is passed on. Sizes and
             patches are left out where no row has an image.
         prompt: Token ids, [B, P].
-        response: Token ids, [B, T]; they are text.
+        response: Token ids, [B, T]; they are text: a sampler must not draw the ids of images.
 
     Raises:
         ValueError: a row has fewer patches than its sizes say, shapes are others, or videos come

@@ -45,6 +45,7 @@ Of lazily stacked rows of unequal lengths a module that writes into the batch re
 with what it wrote; the rows are left as they are.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -209,8 +210,8 @@ def padded(batch: TensorDictBase, *, mask: NestedKey) -> TensorDictBase:
     """
     if not isinstance(batch, LazyStackedTensorDict) or not _is_ragged(batch):
         return batch
-    found = dense(batch, list(batch.keys(True, True)), mask=mask)
-    for key in batch.keys(True, True, is_leaf=is_leaf_nontensor):
+    found = dense(batch, _common_keys(batch), mask=mask)
+    for key in _common_keys(batch, is_leaf=is_leaf_nontensor):
         if found.get(key, None) is None and -1 not in batch.batch_size:
             text = batch.get(key)
             if isinstance(text, (NonTensorData, NonTensorStack)):
@@ -230,9 +231,19 @@ def _is_ragged(batch: TensorDictBase) -> bool:
         return True
     return any(
         row.get(key).shape != rows[0].get(key).shape
-        for key in batch.keys(True, True)
+        for key in _common_keys(batch)
         for row in rows[1:]
     )
+
+
+def _common_keys(
+    batch: LazyStackedTensorDict, is_leaf: Callable[[type], bool] | None = None
+) -> list[NestedKey]:
+    """Those that every row has; the stack's own ``keys`` fail on text that a row lacks."""
+    rows = batch.unbind(batch.stack_dim)
+    first, *others = (row.keys(True, True, is_leaf=is_leaf) for row in rows)
+    others = [set(keys) for keys in others]
+    return [key for key in first if all(key in keys for keys in others)]
 
 
 def _stack_padded(values: list[Tensor], dim: int, *, left: bool) -> Tensor:

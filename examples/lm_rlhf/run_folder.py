@@ -24,6 +24,7 @@ PACKAGES = (
     "accelerate",
     "vaderSentiment",
     "gguf",
+    "vllm",
 )
 
 

@@ -152,7 +152,6 @@ def train(config: Config, output: Path, *, resume: bool) -> Path:
         policy,
         longest=longest + config.max_new_tokens,
         processes=accelerator.num_processes,
-        output=output,
     )
     critic = SoftMinCritic(
         language_model.config.hidden_size,

@@ -1,5 +1,6 @@
 """Sampling by vLLM: its engine holds the base weights and gets the adapters anew."""
 
+import itertools
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,9 @@ from safe_rl.integrations.transformers import Sampled
 
 if TYPE_CHECKING:
     from vllm import LLM
+
+_numbers = itertools.count(1)
+"""Of adapters. An engine of vLLM keeps what it has seen by number and place: none comes twice."""
 
 
 class VLLMEngine:
@@ -26,7 +30,8 @@ class VLLMEngine:
         peft_model: The policy.
         llm: Of the same base weights, made with ``enable_lora=True``, a ``max_lora_rank`` of at
             least the adapters' rank, and ``logprobs_mode="processed_logprobs"``.
-        folder: For the adapters; made if it is not there. The last two sets are kept.
+        folder: For the adapters, of this engine alone; made if it is not there. The last two sets
+            are kept.
 
     Raises:
         ValueError: ``llm`` takes no adapters, or reports log-probs of another distribution.
@@ -53,7 +58,7 @@ class VLLMEngine:
         self._peft_model = peft_model
         self._llm = llm
         self._folder = folder
-        self._count = 0
+        self._written: list[Path] = []
 
     def sample(
         self,
@@ -128,8 +133,11 @@ class VLLMEngine:
         """A request for the adapters as they are; vLLM knows adapters by their number."""
         from vllm.lora.request import LoRARequest
 
-        self._count += 1
-        folder = self._folder / str(self._count)
-        self._peft_model.save_pretrained(folder)
-        shutil.rmtree(self._folder / str(self._count - 2), ignore_errors=True)
-        return LoRARequest(f"policy-{self._count}", self._count, str(folder))
+        number = next(_numbers)
+        folder = self._folder / str(number)
+        # Embeddings are frozen; peft would ask the hub whether they are.
+        self._peft_model.save_pretrained(folder, save_embedding_layers=False)
+        self._written.append(folder)
+        if len(self._written) > 2:
+            shutil.rmtree(self._written.pop(0))
+        return LoRARequest(f"policy-{number}", number, str(folder))

@@ -154,7 +154,8 @@ class Objective(SettableLoss):
 
         A critic that is a TensorDict module is called by the estimator, before and after each
         step; of any other, as in ``CausalLMActorCritic``, the values are read from the batch. From
-        then on a batch without ``advantage`` or ``value_target`` gets both from the estimator.
+        then on a batch without ``advantage`` or ``value_target`` gets both from the estimator, in
+        place of one that it had.
 
         Args:
             value_type: ``ValueEstimators.GAE`` or ``SoftMinGAE``, which None means too, or another
@@ -318,7 +319,7 @@ def _run_with(
 ) -> TensorDictBase:
     if params is None or part is None:
         return network(tensordict)
-    with params.to_module(part):
+    with params.to_module(part, preserve_module_state=False):
         return network(tensordict)
 
 

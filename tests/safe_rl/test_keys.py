@@ -2,13 +2,14 @@ import re
 
 import pytest
 import torch
-from tensordict import TensorDict, lazy_stack
+from tensordict import NonTensorData, TensorDict, lazy_stack
 
 import safe_rl.keys
 from safe_rl import KLReward, PolicyMeasurements, SAFELoss, SoftMinGAE
 from safe_rl.keys import (
     at_least_float32,
     dense,
+    padded,
     read,
     read_coefficient,
     read_heads,
@@ -174,3 +175,18 @@ def test_set_keys_refuses_a_misspelt_name():
     assert ("next", "score") in module.in_keys
     with pytest.raises(ValueError, match="scores is not an accepted tensordict key"):
         module.set_keys(scores="x")
+
+
+@pytest.mark.parametrize("lengths", [(2, 2), (1, 2)])
+@pytest.mark.parametrize("where", [0, 1])
+def test_text_that_a_row_lacks_is_left_out_of_ragged_rows(lengths, where):
+    rows = [
+        TensorDict({"x": torch.ones(n), "mask": torch.ones(n).bool(), "all": NonTensorData("a")})
+        for n in lengths
+    ]
+    rows[where].set_non_tensor("text", "only here")
+    found = padded(lazy_stack(rows), mask="mask")
+    assert found["x"].sum(1).tolist() == list(lengths)
+    if lengths[0] != lengths[1]:
+        assert "text" not in set(found.keys())
+        assert found["all"] == ["a", "a"]

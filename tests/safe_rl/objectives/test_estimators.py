@@ -133,6 +133,10 @@ def test_a_delayed_critic_values_what_follows(functional):
         frames(), params=loss.critic_params.detach(), target_params=loss.target_critic_params
     )
     assert_close(called["advantage"].squeeze(-1), expected["advantage"])
+    # The targets are still no parameters: an updater may be made afterwards.
+    for tensor in loss.target_critic_params.values(True, True):
+        assert not tensor.requires_grad
+    SoftUpdate(loss, tau=0.25).step()
     # Not what the critic alone would say of it.
     alone = by_hand(frames(), moved, moved)
     assert not torch.allclose(alone["advantage"], expected["advantage"], atol=0.05)
