@@ -115,8 +115,10 @@ class CausalLMActorCritic(KeyedModule):
         self.language_model = language_model
         self.critic = critic
         self.temperature = temperature
-        self._own_positions = positions_are_the_models(
-            language_model, backbone, self.model_inputs.keys()
+        names = self.model_inputs.keys()
+        self._own_positions = positions_are_the_models(language_model, backbone, names)
+        self._packs_patches = hasattr(backbone, "get_rope_index") and not PATCHES.keys().isdisjoint(
+            names
         )
 
     def _set_in_out_keys(self) -> None:
@@ -150,12 +152,10 @@ class CausalLMActorCritic(KeyedModule):
         attention_mask = torch.cat(masks, 1)
         backbone, _ = self._backbone_and_head
         given = {name: read(batch, key) for name, key in self.model_inputs.items()}
-        own_positions = False
-        if self._own_positions:
+        if self._packs_patches:
             given = as_the_model_takes_them(backbone.config, given, prompt, response)
-            # Of text alone no such model makes any, and what it then takes counts the padding.
-            own_positions = any(sizes in given for sizes in PATCHES)
-        if not own_positions:
+        # Of text alone no model makes its own, and what it then takes counts the padding.
+        if not (self._own_positions and any(sizes in given for sizes in PATCHES)):
             counted = (attention_mask.cumsum(1) - 1).clamp_min(0)
             positions = given.get("position_ids", counted)
             # Models want the three dimensions before the rows.

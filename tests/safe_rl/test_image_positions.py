@@ -177,25 +177,22 @@ def test_scores_are_those_that_generate_drew_from(model):
 
 @torch.no_grad()
 def test_positions_that_are_given(model):
-    batch = rollout(model)[:1]
+    batch = rollout(model)
     tokens = torch.cat([batch["tokens", "prompt"], batch["tokens", "response"]], 1)
     attention = torch.cat([batch["prompt_mask"], batch["response_mask"]], 1)
     positions, _ = model.model.get_rope_index(
         tokens,
         types(tokens),
-        image_grid_thw=of_row(0)["image_grid_thw"],
+        image_grid_thw=torch.tensor([size for row in GRIDS for size in row]),
         attention_mask=attention.long(),
     )
     expected = actor_critic(model)(batch.copy())["log_prob"]
     given = batch.copy()
-    # One row's patches are a list as they are.
-    given["image_grid_thw"] = of_row(0)["image_grid_thw"]
-    given["pixel_values"] = of_row(0)["pixel_values"].unsqueeze(0)
     given["positions"] = positions.movedim(0, 1)
     network = actor_critic(model, position_ids="positions")
     assert_close(network(given.copy())["log_prob"], expected)
     counted = (attention.cumsum(1) - 1).clamp_min(0)
-    for other in (counted, counted.unsqueeze(1).expand(1, 3, -1)):
+    for other in (counted, counted.unsqueeze(1).expand(-1, 3, -1)):
         given["positions"] = other
         assert (network(given.copy())["log_prob"] - expected).abs().max() > 1e-3
 
