@@ -159,7 +159,7 @@ class Objective(SettableLoss):
 
         Args:
             value_type: ``ValueEstimators.GAE`` or ``SoftMinGAE``, which None means too, or another
-                estimator or its class.
+                estimator or its class. A ``SoftMinGAE`` that is given takes over the loss's keys.
             hyperparams: Of the estimator; TorchRL's ``gamma`` and ``lmbda``, .99 and .95 unless
                 given, are ``discount`` and ``gae_lambda``.
 
@@ -173,7 +173,7 @@ class Objective(SettableLoss):
         own = value_type in (None, "gae", ValueEstimators.GAE, SoftMinGAE)
         if not own and isinstance(value_type, (ValueEstimatorBase, type)):
             super().make_value_estimator(value_type, **hyperparams)
-            self._set_in_keys()
+            self._forward_value_estimator_keys()
             return self
         if not own:
             raise NotImplementedError(

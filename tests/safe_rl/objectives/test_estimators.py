@@ -238,6 +238,17 @@ def test_the_class_makes_the_estimator_over_the_critic():
     assert loss.value_estimator.discount == 0.5
 
 
+def test_an_estimator_that_is_given_follows_the_keys_of_the_loss():
+    actor, critic = networks()
+    made = PPOLoss(ActorCritic(actor, critic))
+    made.set_keys(advantage="A")
+    given = copy.deepcopy(made)
+    made.make_value_estimator(SoftMinGAE, value_network=critic)
+    given.make_value_estimator(SoftMinGAE(value_network=critic, discount=0.99, gae_lambda=0.95))
+    assert given.value_estimator.tensor_keys.advantage == "A"
+    assert_close(given(frames()).to_dict(), made(frames()).to_dict())
+
+
 @either_way
 def test_a_copy_makes_the_same(functional):
     loss = PPOLoss(ActorCritic(*networks()), functional=functional, delay_value=True)
