@@ -2,6 +2,7 @@
 
     python -m examples.torchrl_cartpole --loss safe
     python -m examples.torchrl_cartpole --loss clip_ppo safe --seeds 0 1 2 3 4
+    python -m examples.torchrl_cartpole --workers 2        # a MultiSyncCollector
 
 Needs gymnasium. Prints the frames until 20 episodes in a row had a mean return of 475.
 """

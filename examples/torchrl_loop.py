@@ -23,7 +23,7 @@ from tensordict.nn import (
     TensorDictSequential,
 )
 from torch import nn
-from torchrl.collectors import BaseCollector, Collector
+from torchrl.collectors import BaseCollector, Collector, MultiSyncCollector
 from torchrl.envs import EnvBase, GymWrapper, RewardScaling, RewardSum, TransformedEnv
 from torchrl.objectives import ClipPPOLoss, LossModule
 from torchrl.objectives.value import GAE
@@ -182,19 +182,30 @@ def learn(
         yield frames, mean, logged
 
 
-def train(task: Task, name: str, seed: int) -> tuple[int | None, float]:
-    """One run; the frames until the task was solved, if it was, and the last mean return."""
+def make_collector(
+    task: Task, *, seed: int, workers: int
+) -> tuple[BaseCollector, ProbabilisticTensorDictSequential]:
+    """A collector and its actor: in this process, or in as many as there are workers."""
+    settings = {
+        "frames_per_batch": task.frames_per_batch,
+        "total_frames": task.frames,
+        "auto_register_policy_transforms": False,
+    }
     torch.manual_seed(seed)
+    if workers > 1:
+        actor = task.actor()
+        collector = MultiSyncCollector([task.environment] * workers, actor, **settings)
+        collector.set_seed(seed)
+        return collector, actor
     environment = task.environment()
     environment.set_seed(seed)
     actor = task.actor()
-    collector = Collector(
-        environment,
-        actor,
-        frames_per_batch=task.frames_per_batch,
-        total_frames=task.frames,
-        auto_register_policy_transforms=False,
-    )
+    return Collector(environment, actor, **settings), actor
+
+
+def train(task: Task, name: str, seed: int, *, workers: int = 1) -> tuple[int | None, float]:
+    """One run; the frames until the task was solved, if it was, and the last mean return."""
+    collector, actor = make_collector(task, seed=seed, workers=workers)
     mean = float("nan")
     try:
         for frames, mean, _ in learn(task, collector, actor, LEARNERS[name]):
@@ -211,6 +222,7 @@ def main(task: Task, description: str | None, argv: list[str] | None = None) -> 
     parser.add_argument("--loss", nargs="+", choices=LEARNERS, default=["safe"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--frames", type=int, default=task.frames)
+    parser.add_argument("--workers", type=int, default=1, help="processes that collect")
     parser.add_argument("--learning-rate", type=float, default=task.learning_rate)
     options = parser.parse_args(argv)
     task = dataclasses.replace(task, frames=options.frames, learning_rate=options.learning_rate)
@@ -218,7 +230,7 @@ def main(task: Task, description: str | None, argv: list[str] | None = None) -> 
         solved, means = [], []
         for seed in options.seeds:
             start = time.perf_counter()
-            frames, mean = train(task, name, seed)
+            frames, mean = train(task, name, seed, workers=options.workers)
             seconds = time.perf_counter() - start
             solved.append(float("inf") if frames is None else frames)
             means.append(mean)

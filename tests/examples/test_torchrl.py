@@ -114,27 +114,31 @@ def test_two_workers(tmp_path):
     assert float(report["got_last"]) > 2 * float(report["got_first"])
 
 
+@pytest.mark.slow
+def test_two_workers_by_command():
+    command = [sys.executable, "-W", "ignore", "-m", "examples.torchrl_cartpole"]
+    run = subprocess.run(
+        [*command, "--workers", "2", "--frames", "2048"],
+        cwd=ROOT, capture_output=True, text=True, timeout=600,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert "after 2048 frames" in run.stdout
+
+
 TWO_WORKERS = """
 import dataclasses
 
-import torch
 from torchrl.collectors import MultiSyncCollector
 
 from examples.torchrl_cartpole import TASK
-from examples.torchrl_loop import learn, safe
+from examples.torchrl_loop import learn, make_collector, safe
 from safe_rl import ControllerModule
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
-    actor = TASK.actor()
-    collector = MultiSyncCollector(
-        [TASK.environment] * 2,
-        actor,
-        frames_per_batch=1024,
-        total_frames=12 * 1024,
-        auto_register_policy_transforms=False,
-    )
-    collector.set_seed(0)
+    task = dataclasses.replace(TASK, frames_per_batch=1024, frames=12 * 1024)
+    collector, actor = make_collector(task, seed=0, workers=2)
+    assert isinstance(collector, MultiSyncCollector)
     laws, stale = [], []
 
     def watched(*arguments):
