@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -29,7 +30,7 @@ class CausalLMActorCritic(KeyedModule):
 
     Where the head is a plain ``nn.Linear`` its product goes through ``linear_log_probs``: no
     logits in memory, and a padded place costs nothing. Any other head (adapted, quantised, sharded
-    on its own) is called, and its logits are made.
+    on its own) is called, and its logits are made, as are those that a model caps (Gemma 2).
 
     Reads ``("tokens", "prompt")`` int64 [B, P] (left-padded), ``("tokens", "response")`` int64
     [B, T] (right-padded), ``prompt_mask`` bool [B, P], ``response_mask`` bool [B, T], and what
@@ -55,8 +56,8 @@ class CausalLMActorCritic(KeyedModule):
     Raises:
         ValueError: the model has no head or no backbone, or makes positions in three dimensions
             outside its backbone, or is a ``PeftModel``, whose base model
-            is what is meant; its logits are not those of its head, nor of the head and the scale in
-            its config, as with Cohere and Granite (Gemma 2 caps them); ``temperature`` is not
+            is what is meant; its logits are not those of its head, nor of the head and the scale or
+            the cap in its config, as with Cohere, Granite and Gemma 2; ``temperature`` is not
             positive; a batch has no prompt token, or a mask has not the shape of its tokens.
 
     Example:
@@ -108,7 +109,7 @@ class CausalLMActorCritic(KeyedModule):
             )
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
-        self._scale = _head_scale(language_model, head)
+        self._scale, self._cap = _after_head(language_model, head)
         # The backbone and the head are parts of the model: held beside it in a tuple, they are not
         # registered a second time.
         self._backbone_and_head = (backbone, head)
@@ -185,23 +186,23 @@ class CausalLMActorCritic(KeyedModule):
         _, head = self._backbone_and_head
         temperature = self.temperature / self._scale
         tokens, mask = batch["tokens", "response"], batch[self.tensor_keys.response_mask]
-        if type(head) is nn.Linear:
+        if type(head) is nn.Linear and self._cap is None:
             return linear_log_probs(
                 states, head.weight, tokens, bias=head.bias, mask=mask, temperature=temperature
             )
-        scored = token_log_probs(head(states), tokens, temperature=temperature)
+        scored = token_log_probs(_capped(head(states), self._cap), tokens, temperature=temperature)
         return TokenLogProbs(*(torch.where(mask, x, 0.0) for x in scored))
 
 
 @torch.no_grad()
-def _head_scale(language_model: nn.Module, head: nn.Module) -> float:
-    """By what the model's own forward, on a few tokens, multiplies the logits of the head.
+def _after_head(language_model: nn.Module, head: nn.Module) -> tuple[float, float | None]:
+    """Scale and cap that the model's own forward, on a few tokens, gives the logits of its head.
 
-    A model on the meta device has no numbers to compare: 1.
+    A model on the meta device has no numbers to compare: neither.
     """
     weight = next(language_model.parameters())
     if weight.is_meta:
-        return 1.0
+        return 1.0, None
     modes = [(module, module.training) for module in language_model.modules()]
     language_model.eval()
     try:
@@ -219,18 +220,28 @@ def _head_scale(language_model: nn.Module, head: nn.Module) -> float:
             module.training = training
     logits = output.logits
     rounding = 8 * torch.finfo(logits.dtype).eps * logits.abs().max()
-    config = language_model.config
-    # Cohere multiplies by one, Granite divides by the other.
-    scales = (1.0, getattr(config, "logit_scale", 1.0), 1 / getattr(config, "logits_scaling", 1.0))
-    for scale in scales:
+    config: Any = getattr(language_model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    # Gemma 2 caps, Cohere multiplies, Granite divides. The plain ones come last: small logits are
+    # those of a large cap too, until they grow.
+    for scale, cap in (
+        (1.0, getattr(config, "final_logit_softcapping", None)),
+        (getattr(config, "logit_scale", 1.0), None),
+        (1 / getattr(config, "logits_scaling", 1.0), None),
+        (1.0, None),
+    ):
         if (
             scale > 0
             and of_head.shape == logits.shape
-            and (scale * of_head - logits).abs().max() <= rounding
+            and (_capped(scale * of_head, cap) - logits).abs().max() <= rounding
         ):
-            return float(scale)
+            return float(scale), cap
     raise ValueError(
         "language_model must have the logits of its head, got a "
-        f"{type(language_model).__name__}, which changes them afterwards by more than the scale in "
-        "its config: tokens would be sampled from another distribution than they are scored with"
+        f"{type(language_model).__name__}, which changes them afterwards by more than the scale or "
+        "the cap in its config: tokens would be sampled from another distribution than scored with"
     )
+
+
+def _capped(logits: Tensor, cap: float | None) -> Tensor:
+    return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -335,8 +335,9 @@ SIZES = {
 
 def test_a_model_that_changes_the_logits_of_its_head_is_refused():
     torch.manual_seed(0)
-    language_model = Gemma2ForCausalLM(Gemma2Config(head_dim=8, **SIZES)).train()
-    with pytest.raises(ValueError, match="logits of its head, got a Gemma2ForCausalLM"):
+    language_model = CohereForCausalLM(CohereConfig(logit_scale=0.3, **SIZES)).train()
+    language_model.config.logit_scale = 0.4
+    with pytest.raises(ValueError, match="logits of its head, got a CohereForCausalLM"):
         CausalLMActorCritic(language_model, SoftMinCritic(16))
     assert all(module.training for module in language_model.modules())
 
@@ -346,9 +347,10 @@ def test_a_model_that_changes_the_logits_of_its_head_is_refused():
     [
         (CohereForCausalLM, CohereConfig(logit_scale=0.3, **SIZES)),
         (GraniteForCausalLM, GraniteConfig(logits_scaling=0.2, **SIZES)),
+        (Gemma2ForCausalLM, Gemma2Config(head_dim=8, final_logit_softcapping=0.05, **SIZES)),
     ],
 )
-def test_a_model_that_scales_the_logits_of_its_head_is_scored_as_it_samples(model, config):
+def test_logits_that_are_scaled_or_capped_are_scored_as_they_are_sampled(model, config):
     torch.manual_seed(0)
     language_model = model(config).eval()
     batch = rollout()
@@ -364,8 +366,9 @@ def test_a_model_that_scales_the_logits_of_its_head_is_scored_as_it_samples(mode
     counts = batch["response_mask"]
     torch.testing.assert_close(scored["log_prob"][counts], expected.log_prob[counts])
     torch.testing.assert_close(scored["entropy"][counts], expected.entropy[counts])
-    plain = token_log_probs(logits / network._scale, response, temperature=0.7)
-    assert (plain.log_prob - expected.log_prob)[counts].abs().max() > 1e-2
+    network._scale, network._cap = 1.0, None
+    plain = network(batch.exclude("log_prob"))["log_prob"]
+    assert (plain - expected.log_prob)[counts].abs().max() > 1e-3
 
 
 def test_on_the_meta_device_the_head_is_not_looked_at():
