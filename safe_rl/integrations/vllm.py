@@ -23,8 +23,8 @@ class VLLMEngine:
 
     An ``Engine``, as ``Sampler`` is. Every call writes the adapters to a folder and has vLLM load
     them, so that the engine draws from the policy as it is; what is written is the adapters alone
-    (at 3B and rank 128 .9 GiB in float32). Top-k, top-p and penalties are off. The log-probs are vLLM's own at
-    the sampling temperature; score the tokens again for the importance ratio.
+    (at 3B and rank 128 .9 GiB in float32). Top-k, top-p and penalties are off. The log-probs are
+    vLLM's own at the sampling temperature; score the tokens again for the importance ratio.
 
     Args:
         peft_model: The policy.
