@@ -13,7 +13,6 @@ from safe_ops import masked_whiten, soft_min
 from safe_rl import (
     ActorCritic,
     ClippedPolicyLoss,
-    KLReward,
     PPOLoss,
     SAFELoss,
     SoftMinGAE,
@@ -565,38 +564,3 @@ def test_errors():
     batch["reward"] = torch.zeros(4, 3, 1)
     with pytest.raises(ValueError, match=r"'reward' .* got \(4, 3\) and mask \(4, 5\)"):
         SoftMinGAE()(batch)
-
-
-def shaped_batch() -> TensorDict:
-    batch = make_batch()
-    batch["reward"] = torch.ones(4, 5, 1, dtype=torch.float64)
-    batch["kl_reward_coef"] = torch.tensor([0.1, 0.2, 0.0, 1.0], dtype=torch.float64)
-    return batch
-
-
-def test_kl_reward_by_hand():
-    batch = shaped_batch()
-    mask, coef = batch["response_mask"], batch["kl_reward_coef"].unsqueeze(-1)
-    expected = (1 - coef * (batch["old_log_prob"] - batch["ref_log_prob"])) * mask
-    assert_close(KLReward()(batch.clone())["reward"], expected.unsqueeze(-1))
-    elsewhere = KLReward()
-    elsewhere.set_keys(shaped_reward="shaped")
-    result = elsewhere(batch.clone())
-    assert_close(result["shaped"], expected.unsqueeze(-1))
-    assert_close(result["reward"], batch["reward"])
-    assert_close(elsewhere(**{key: batch[key] for key in elsewhere.in_keys}), result["shaped"])
-
-
-def test_kl_reward_ignores_padding():
-    batch = shaped_batch()
-    expected = KLReward()(batch.clone())["reward"]
-    padding = ~batch["response_mask"]
-    for key in ("old_log_prob", "reward"):
-        batch[key][padding] = torch.nan
-    assert_close(KLReward()(batch)["reward"], expected, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("key", KLReward().in_keys)
-def test_kl_reward_missing_keys(key):
-    with pytest.raises(ValueError, match=f"batch must hold '{key}'"):
-        KLReward()(shaped_batch().exclude(key))
