@@ -114,6 +114,18 @@ def train(config: Config, output: Path, *, resume: bool) -> Path:
     torch.manual_seed(config.seed)
     torch.set_num_threads(config.threads)
     accelerator = Accelerator()
+    stop_reason = run(accelerator, config, output, resume=resume)
+    # Wrapped models go before their process group: a wrapper that is the last to hold it waits for
+    # its threads and keeps the interpreter, which they may be waiting for.
+    accelerator.free_memory()
+    accelerator.end_training()
+    if stop_reason is not None:
+        raise RunStoppedError(stop_reason)
+    return output / "report.html"
+
+
+def run(accelerator: Accelerator, config: Config, output: Path, *, resume: bool) -> str | None:
+    """One rank's share of the updates; returns why the monitor ended them, if it did."""
     device = accelerator.device
     folder = RunFolder(output, config, resume=resume)
     if config.minibatch_size % accelerator.num_processes:
@@ -358,10 +370,7 @@ def train(config: Config, output: Path, *, resume: bool) -> Path:
                 folder.timing.write(timing_record(step - 1, clock))
     if on_main:
         write_report(output)
-    accelerator.end_training()
-    if guard.stop_reason is not None:
-        raise RunStoppedError(guard.stop_reason)
-    return output / "report.html"
+    return guard.stop_reason
 
 
 def score(scorer: nn.Module, batch: TensorDict, size: int) -> TensorDict:

@@ -56,8 +56,9 @@ def two_ranks(
     command += [str(output.with_name(output.name + "-ranks")), "--output", str(output), *arguments]
     settings = {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, check=False
-    )
+        command,
+        cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +119,12 @@ def test_both_ranks_hold_the_same_weights_and_controller(runs: Runs) -> None:
     assert any(
         (first["adapters"][name] != start["adapters"][name]).any() for name in start["adapters"]
     )
+
+
+def test_wrapped_models_go_before_their_process_group(runs: Runs) -> None:
+    # Else the group's threads and the interpreter may wait for each other for ever.
+    for output in (runs.whole, runs.sharded):
+        assert [held(output, rank, "wrapped_at_end") for rank in range(2)] == [0, 0]
 
 
 def test_the_ranks_draw_different_tokens(runs: Runs) -> None:

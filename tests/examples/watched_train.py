@@ -1,8 +1,9 @@
-"""The example loop as it is, and what each rank holds along the way written to a folder.
+"""The example loop as it is, and what each rank holds along the way and at its end, in a folder.
 
 torchrun --nproc-per-node 2 -m tests.examples.watched_train FOLDER --output RUN ...
 """
 
+import gc
 import os
 import shutil
 import sys
@@ -15,6 +16,7 @@ from accelerate import Accelerator
 from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from examples.lm_rlhf import train as example
@@ -22,7 +24,7 @@ from safe_rl.sharded_tensors import whole
 
 
 def watch(folder: Path) -> None:
-    """Write states and folder at each checkpoint, the first minibatch, its gradients, the parts."""
+    """Write states and folder at each checkpoint, first minibatch, gradients, parts, the end."""
     rank = os.environ["RANK"]
     save_checkpoint, minibatches, clip = example.save_checkpoint, example.minibatches, example.clip
     shard_layers = example.shard_layers
@@ -55,6 +57,14 @@ def watch(folder: Path) -> None:
         }
         torch.save(parts, folder / f"rank{rank}_parts.pt")
 
+    end_training = Accelerator.end_training
+
+    def ended(accelerator: Accelerator) -> None:
+        wrapped = sum(isinstance(held, DistributedDataParallel) for held in gc.get_objects())
+        torch.save(wrapped, folder / f"rank{rank}_wrapped_at_end.pt")
+        end_training(accelerator)
+
+    Accelerator.end_training = ended
     example.save_checkpoint, example.minibatches, example.clip = save, cut, clipped
     example.shard_layers = sharded
 

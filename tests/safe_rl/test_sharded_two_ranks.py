@@ -1,5 +1,6 @@
 """The loss loop on two processes, whole on each or sharded over them: one process's numbers."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -194,6 +195,8 @@ def work(rank: int, folder: str) -> None:
         held = list(updates(make(), slice(2 * rank, 2 * rank + 2)))
         torch.save(held, f"{folder}/{name}{rank}.pt")
     torch.save(refusals(), f"{folder}/refusals{rank}.pt")
+    # What holds the group, in cycles of references, goes first (docs/distributed.md).
+    gc.collect()
     dist.destroy_process_group()
 
 
