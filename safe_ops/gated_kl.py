@@ -5,24 +5,25 @@ import math
 import torch
 from torch import Tensor
 
+from safe_ops.arithmetic import Number, clamped, larger
 from safe_ops.kl import kl_k1
 
 
 def entropy_gate(
-    entropy: Tensor,
+    entropy: Number,
     *,
     floor: float,
     ceiling: float = math.inf,
     lower: float = 0.5,
     upper: float = 4.0,
     eps: float = 0.1,
-) -> Tensor:
+) -> Number:
     """How strongly the penalty acts: more when the policy is nearly deterministic, or too random.
 
         g = clamp( max( floor / (H + eps), (H + eps) / ceiling ), lower, upper )
 
     Args:
-        entropy: H, nats per token, any shape.
+        entropy: H, nats per token; a float, or a tensor of any shape.
         floor: Nats per token; the gate is about 1 there, and more below.
         ceiling: Nats per token; the gate is about 1 there too, and more above: a policy whose
             entropy surges is held as one whose entropy collapses. Paper: none, as with infinity.
@@ -56,8 +57,8 @@ def entropy_gate(
         raise ValueError(f"lower and upper must satisfy 0 <= lower <= upper, got {lower}, {upper}")
     gate = floor / (entropy + eps)
     if ceiling < math.inf:
-        gate = torch.maximum(gate, (entropy + eps) / ceiling)
-    return gate.clamp(lower, None if upper == math.inf else upper)
+        gate = larger(gate, (entropy + eps) / ceiling)
+    return clamped(gate, lower, upper)
 
 
 def gated_kl_penalty(

@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from safe_ops.controllers.base import measurement, settle, zero, zero_count
+from safe_ops.arithmetic import Number, clamped
+from safe_ops.controllers.advance import advance
+from safe_ops.controllers.base import settle, zero, zero_count
 
 
 class AdaptiveKLState(NamedTuple):
@@ -86,7 +88,9 @@ class AdaptiveKL:
 
     def update(self, state: AdaptiveKLState, *, kl: float | Tensor) -> AdaptiveKLState:
         """Take in the KL of one rollout, nats per token."""
-        kl = measurement("kl", kl, like=state.step)
-        error = (kl / self.target - 1).clamp(-self.error_limit, self.error_limit)
-        coef = (state.coef * (1 + self.gain * error)).clamp(self.lower, self.upper)
+        return advance(self._step, state, kl=kl)
+
+    def _step(self, state: AdaptiveKLState, kl: Number) -> AdaptiveKLState:
+        error = clamped(kl / self.target - 1, -self.error_limit, self.error_limit)
+        coef = clamped(state.coef * (1 + self.gain * error), self.lower, self.upper)
         return settle(state, state._replace(coef=coef, error=error), kl)

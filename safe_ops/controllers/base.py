@@ -1,17 +1,18 @@
 """What a control law is, and the module that keeps its state."""
 
 import inspect
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
+
+from safe_ops.arithmetic import Number, all_within, negated, select
 
 StateT = TypeVar("StateT", bound=tuple)
-SelectedT = TypeVar("SelectedT")
 StateT_co = TypeVar("StateT_co", bound=tuple, covariant=True)
+
+LARGEST = torch.finfo(torch.float32).max
 
 
 class ControlLaw(Protocol[StateT_co]):
@@ -157,52 +158,16 @@ def flatten_state(state: tuple) -> dict[str, Tensor]:
     return flat
 
 
-def measurement(name: str, value: float | Tensor, *, like: Tensor) -> Tensor:
-    """A measurement as a law computes with it: float32, 0-d, detached, on the state's device.
+def settle(state: StateT, new: StateT, *measurements: Number) -> StateT:
+    """End of most steps: take the new state, or refuse it whole and count.
+
+    Refused when a measurement is not finite, or when a new value is not or does not fit float32 (an
+    overflow of finite measurements). ``step`` of the new state is set here.
 
     Args:
-        name: What errors call it.
-        value: A float or a 0-d tensor; NaN and infinities pass, the law refuses them.
-        like: A tensor of the state, for its device.
-
-    Returns:
-        0-d, float32.
-
-    Raises:
-        TypeError: ``value`` is a bool or no number.
-        ValueError: ``value`` is a tensor of more than one number.
-
-    Example:
-        >>> measurement("kl", 0.25, like=torch.tensor(0))
-        tensor(0.2500)
-    """
-    if isinstance(value, Tensor):
-        if value.dtype == torch.bool or value.is_complex():
-            raise TypeError(f"{name} must be a float or a real 0-d tensor, got {value.dtype}")
-        if value.ndim != 0:
-            raise ValueError(
-                f"{name} must be one number, a float or a 0-d tensor, got shape "
-                f"{tuple(value.shape)}: reduce it over tokens and ranks first"
-            )
-        # A copy: a law may keep it, and the caller may write into his.
-        return value.detach().to(device=like.device, dtype=torch.float32, copy=True)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a float or a 0-d tensor, got {type(value).__name__}")
-    # By way of float64: what float32 cannot hold becomes infinite instead of raising. Written on
-    # the device: a copy from the host would be waited for.
-    return torch.full((), float(value), dtype=torch.float64, device=like.device).to(torch.float32)
-
-
-def settle(state: StateT, new: StateT, *measurements: Tensor) -> StateT:
-    """End of every ``update``: take the new state, or refuse it whole and count.
-
-    Refused when a measurement is not finite, or when a new value is not (an overflow of finite
-    measurements). ``step`` of the new state is set here.
-
-    Args:
-        state: Before the update; has ``step`` and ``non_finite``.
+        state: Before the update, of tensors or of numbers; has ``step`` and ``non_finite``.
         new: What the law made of it; its ``step`` and ``non_finite`` are ignored.
-        measurements: 0-d.
+        measurements: Numbers.
 
     Returns:
         ``new`` with ``step`` one higher, or ``state`` with ``non_finite`` one higher.
@@ -213,7 +178,7 @@ def settle(state: StateT, new: StateT, *measurements: Tensor) -> StateT:
         >>> law.update(law.init(), value=float("nan")).non_finite
         tensor(1)
     """
-    accepted = known(all_finite(*measurements, *flatten_state(new).values()))
+    accepted = all_within(LARGEST, [*measurements, *_numbers(new)])
     return take(state, new, accepted=accepted, refused=negated(accepted))
 
 
@@ -226,14 +191,14 @@ def take(state: StateT, new: StateT, *, accepted: bool | Tensor, refused: bool |
     Args:
         state: Before the update; has ``step`` and ``non_finite``.
         new: What the law proposes; its ``step`` and ``non_finite`` are ignored.
-        accepted: As ``known`` gives it.
+        accepted: A bool or a bool tensor.
         refused: Likewise: a measurement was not finite.
 
     Example:
         >>> from safe_ops.controllers import EMA
         >>> law = EMA()
         >>> state = law.init()
-        >>> new = law.propose(state, torch.tensor(3.0))
+        >>> new = law.propose(state, value=torch.tensor(3.0))
         >>> take(state, new, accepted=True, refused=False).value
         tensor(3.)
     """
@@ -244,104 +209,25 @@ def take(state: StateT, new: StateT, *, accepted: bool | Tensor, refused: bool |
     )
 
 
-def counted(count: Tensor, condition: bool | Tensor) -> Tensor:
+def counted(count: Number, condition: bool | Tensor) -> Number:
     """One more where the condition is met.
 
     Example:
-        >>> counted(torch.tensor(3), True)
-        tensor(4)
+        >>> counted(3, True), counted(torch.tensor(3), torch.tensor(True))
+        (4, tensor(4))
     """
-    return count if condition is False else count + condition
+    return count + condition
 
 
-def all_finite(*tensors: Tensor) -> Tensor:
-    """Whether every number of every tensor is finite, as a 0-d bool tensor.
-
-    Counts are: only floating tensors are looked at.
-
-    Example:
-        >>> all_finite(torch.tensor(1.0), torch.tensor([0.0, float("inf")]))
-        tensor(False)
-    """
-    floats = [tensor.reshape(-1) for tensor in tensors if tensor.is_floating_point()]
-    return torch.cat(floats).isfinite().all()
-
-
-def known(x: Tensor) -> Any:
-    """The number in a 0-d tensor where Python may have it for nothing, else the tensor itself.
-
-    On a CPU a number is read faster than one operation is made with it, so that what depends on it
-    is decided there. It stays a tensor on a GPU, which would be waited for, in a graph of
-    torch.compile, which would break, and under vmap, where it is many. What follows is written for
-    both: compared with ``==`` and ``<``, joined with ``&``, handed to ``negated`` and ``select``.
-
-    Example:
-        >>> known(torch.tensor(3) > 2)
-        True
-    """
-    if (
-        torch.compiler.is_compiling()
-        or x.device.type != "cpu"
-        or type(x) is not Tensor
-        or is_functorch_wrapped_tensor(x)
-    ):
-        return x
-    return x.item()
-
-
-def negated(condition: bool | Tensor) -> Any:
-    """``not``, of what ``known`` gives.
-
-    Example:
-        >>> negated(True), negated(torch.tensor(True))
-        (False, tensor(False))
-    """
-    return ~condition if isinstance(condition, Tensor) else not condition
-
-
-def select(condition: bool | Tensor, chosen: SelectedT, other: SelectedT) -> SelectedT:
-    """``torch.where`` over two tensors, two numbers, or two states of one law.
-
-    A condition that is known returns one of the two as it is.
-
-    Example:
-        >>> from safe_ops.controllers import EMA
-        >>> state = EMA().init()
-        >>> other = state._replace(value=torch.tensor(3.0))
-        >>> select(True, other, state).value, select(torch.tensor(True), other, state).value
-        (tensor(3.), tensor(3.))
-    """
-    if not isinstance(condition, Tensor):
-        return chosen if condition else other
-    if isinstance(chosen, tuple):
-        parts = [select(condition, a, b) for a, b in zip(chosen, cast(Any, other), strict=True)]
-        return type(chosen)(*parts)
-    if isinstance(chosen, float) and isinstance(other, float):
-        # Of two floats torch.where makes one of the default dtype.
-        chosen = cast(Any, torch.full((), chosen, dtype=torch.float32, device=condition.device))
-    return cast(Any, torch.where(condition, cast(Any, chosen), cast(Any, other)))
-
-
-def clamped(x: Any, lower: float, upper: float) -> Any:
-    """``x``, a tensor or what ``known`` gives, within limits; infinite ones cost no operation.
-
-    Example:
-        >>> clamped(torch.tensor(3.0), -math.inf, 2.0), clamped(3, 1, 2)
-        (tensor(2.), 2)
-    """
-    if lower == -math.inf and upper == math.inf:
-        return x
-    return x.clamp(lower, upper) if isinstance(x, Tensor) else min(max(x, lower), upper)
-
-
-def as_tensor(x: Any, *, like: Tensor) -> Tensor:
-    """What ``known`` gave, as a tensor of the state again.
-
-    Example:
-        >>> as_tensor(2, like=torch.tensor(0.5))
-        tensor(2.)
-    """
-    return x.to(like.dtype) if isinstance(x, Tensor) else like.new_full((), x)
+def _numbers(state: tuple) -> Iterator[Number]:
+    """Every number of a state, histories' one by one where they are lists."""
+    for value in state:
+        if isinstance(value, tuple):
+            yield from _numbers(value)
+        elif isinstance(value, list):
+            yield from value
+        else:
+            yield value
 
 
 def zero() -> Tensor:

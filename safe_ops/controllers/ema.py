@@ -5,7 +5,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from safe_ops.controllers.base import measurement, settle, zero, zero_count
+from safe_ops.arithmetic import Number
+from safe_ops.controllers.advance import advance
+from safe_ops.controllers.base import settle, zero, zero_count
 
 
 class EMAState(NamedTuple):
@@ -57,11 +59,13 @@ class EMA:
 
     def update(self, state: EMAState, *, value: float | Tensor) -> EMAState:
         """Take in one value."""
-        value = measurement("value", value, like=state.step)
+        return advance(self._step, state, value=value)
+
+    def _step(self, state: EMAState, value: Number) -> EMAState:
         return settle(state, self.propose(state, value), value)
 
-    def propose(self, state: EMAState, value: Tensor) -> EMAState:
-        """``update`` without the refusal: for a law that holds this one and refuses for it."""
+    def propose(self, state: EMAState, value: Number) -> EMAState:
+        """A step without the refusal: for a law that holds this one and refuses for it."""
         weight = self.decay * state.weight + 1
-        mean = state.value.addcdiv(value - state.value, weight)
+        mean = state.value + (value - state.value) / weight
         return state._replace(value=mean, weight=weight)

@@ -2,27 +2,19 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from safe_ops.controllers.base import (
-    clamped,
-    counted,
-    known,
-    measurement,
-    negated,
-    select,
-    take,
-    zero,
-    zero_count,
-)
+from safe_ops.arithmetic import Number, all_within, clamped, larger, negated, select, smaller
+from safe_ops.controllers.advance import advance
+from safe_ops.controllers.base import counted, take, zero, zero_count
 from safe_ops.controllers.ema import EMA, EMAState
 from safe_ops.controllers.momentum import Momentum, MomentumState
 from safe_ops.controllers.phase import WARM_UP, Phase, PhaseState
 from safe_ops.controllers.pid import PID, PIDState
-from safe_ops.gated_kl import entropy_gate, momentum_penalty
+from safe_ops.gated_kl import entropy_gate
 
 
 class EntropyGatedKLState(NamedTuple):
@@ -284,9 +276,11 @@ class EntropyGatedKL:
         reward: float | Tensor,
     ) -> EntropyGatedKLState:
         """One rollout's KL and entropy (nats per token) and mean reward."""
-        kl = measurement("kl", kl, like=state.step)
-        entropy = measurement("entropy", entropy, like=state.step)
-        reward = measurement("reward", reward, like=state.step)
+        return advance(self._step, state, kl=kl, entropy=entropy, reward=reward)
+
+    def _step(
+        self, state: EntropyGatedKLState, *, kl: Number, entropy: Number, reward: Number
+    ) -> EntropyGatedKLState:
         new, good_reward = self._update_threshold(state, reward)
         new, good_entropy = self._update_gate(new, entropy)
         new, good_kl = self._update_penalty(new, kl)
@@ -296,39 +290,39 @@ class EntropyGatedKL:
         )
 
     def _update_threshold(
-        self, state: EntropyGatedKLState, reward: Tensor
+        self, state: EntropyGatedKLState, reward: Number
     ) -> tuple[EntropyGatedKLState, bool | Tensor]:
         """The state with a new threshold, and whether the reward could be used."""
         filtered = self.reward_filter.propose(state.reward_filter, reward)
         deviation = self.reward_deviation.propose(
-            state.reward_deviation, (reward - state.reward_filter.value).abs()
+            state.reward_deviation, abs(reward - state.reward_filter.value)
         )
         slope = self.velocity.propose(state.velocity, filtered.value)
         velocity = slope.momentum
         if self.normalize_reward:
             # Where the reward has never deviated, its velocity is 0.
-            velocity = velocity / deviation.value.clamp(min=TINY)
+            velocity = velocity / larger(deviation.value, TINY)
         phases = self.phases.propose(state.phases, reward)
 
         limit = self.pid_authority * (self.threshold_upper - self.threshold_lower)
         down, up = (state.kl_threshold + x for x in (-self.threshold_rate, self.threshold_rate))
         # The rate comes first: limits that were moved past the threshold are approached at it.
-        slowest = torch.minimum(down.clamp(min=self.threshold_lower), up)
-        fastest = torch.maximum(up.clamp(max=self.threshold_upper), down)
+        slowest = smaller(larger(down, self.threshold_lower), up)
+        fastest = larger(smaller(up, self.threshold_upper), down)
         # The final saturation as the PID sees it. Minus turns its sign: a fast reward widens tau.
         pid = self.pid.propose(
             state.pid,
             -velocity,
             setpoint=-self.target_velocity,
-            lower=clamped(slowest / phases.factor - self.threshold, -limit, math.inf),
-            upper=clamped(fastest / phases.factor - self.threshold, -math.inf, limit),
+            lower=larger(slowest / phases.factor - self.threshold, -limit),
+            upper=smaller(fastest / phases.factor - self.threshold, limit),
         )
 
         good = _usable(reward, filtered, deviation, slope, phases, pid)
         refused = negated(good)
         # The first reward has nothing to deviate from.
-        deviates = known(state.reward_filter.step) > 0
-        active = good if self.pid_in_warm_up else good & (known(phases.phase) != WARM_UP)
+        deviates = state.reward_filter.step > 0
+        active = good if self.pid_in_warm_up else good & (phases.phase != WARM_UP)
         filtered = take(state.reward_filter, filtered, accepted=good, refused=refused)
         deviation = take(
             state.reward_deviation, deviation, accepted=good & deviates, refused=refused
@@ -338,7 +332,7 @@ class EntropyGatedKL:
         pid = take(state.pid, pid, accepted=active, refused=refused)
 
         shift = clamped(pid.output, -limit, limit)
-        threshold = ((self.threshold + shift) * phases.factor).clamp(slowest, fastest)
+        threshold = clamped((self.threshold + shift) * phases.factor, slowest, fastest)
         return state._replace(
             kl_threshold=select(good, threshold, state.kl_threshold),
             threshold_shift=shift,
@@ -352,12 +346,12 @@ class EntropyGatedKL:
         ), good
 
     def _update_gate(
-        self, state: EntropyGatedKLState, entropy: Tensor
+        self, state: EntropyGatedKLState, entropy: Number
     ) -> tuple[EntropyGatedKLState, bool | Tensor]:
         """The state with a new gate, and whether the entropy could be used."""
         gate = entropy_gate(
             # An estimate may be below 0 by rounding; the quotient must not change sign.
-            entropy.clamp(min=0.0),
+            larger(entropy, 0.0),
             floor=self.entropy_floor,
             ceiling=self.entropy_ceiling,
             lower=self.gate_lower,
@@ -368,7 +362,7 @@ class EntropyGatedKL:
         return state._replace(entropy_gate=select(good, gate, state.entropy_gate)), good
 
     def _update_penalty(
-        self, state: EntropyGatedKLState, kl: Tensor
+        self, state: EntropyGatedKLState, kl: Number
     ) -> tuple[EntropyGatedKLState, bool | Tensor]:
         """The state with a new penalty, and whether the KL could be used."""
         filtered = self.kl_filter.propose(state.kl_filter, kl)
@@ -380,13 +374,8 @@ class EntropyGatedKL:
             long = self.kl_long_filter.propose(long, kl)
         if integrates:
             # The offset's limits are the law's own.
-            infinite = torch.full_like(kl, math.inf)
             integral = self.kl_integral.propose(
-                integral,
-                -filtered.value,
-                setpoint=-state.kl_threshold,
-                lower=-infinite,
-                upper=infinite,
+                integral, -filtered.value, setpoint=-state.kl_threshold
             )
         good = _usable(kl, filtered, long, momentum, integral)
         refused = negated(good)
@@ -400,20 +389,18 @@ class EntropyGatedKL:
             # Both averages start at the first KL, so the full lag makes n too small at first.
             trend = (kl - long.value) / (_lag(self.kl_long_filter) - _lag(self.kl_filter))
             rate = (1 - self.trend_weight) * rate + self.trend_weight * trend
-        lead = self.horizon * torch.relu(rate)
+        lead = self.horizon * larger(rate, 0.0)
         offset = integral.output
         gate = state.entropy_gate
         # gated_kl_penalty and its derivative, of one excess.
-        excess = torch.relu(kl + lead + offset - state.kl_threshold)
+        excess = larger(kl + lead + offset - state.kl_threshold, 0.0)
         slope = 2 * self.coef * gate * excess
         penalty = 0.5 * slope * excess
         if self.momentum_coef > 0:
-            window = self.momentum.window
-            penalty = penalty + gate * momentum_penalty(
-                kl, momentum.past, window=window, coef=self.momentum_coef
-            )
-            rising = torch.relu(momentum.momentum)
-            slope = slope + 2 * self.momentum_coef / window * gate * rising
+            # momentum_penalty and its derivative.
+            rising = self.momentum_coef * gate * larger(momentum.momentum, 0.0)
+            penalty = penalty + rising * momentum.momentum
+            slope = slope + 2 / self.momentum.window * rising
         return state._replace(
             kl_coef=slope,
             kl_penalty=penalty,
@@ -440,13 +427,12 @@ def _lag(law: EMA) -> float:
     return law.decay / (1 - law.decay)
 
 
-def _usable(measured: Tensor, *parts: tuple) -> Any:
-    """Whether a measurement and all numbers that its laws propose are within LIMIT; NaN is not."""
-    if parts:
-        numbers = [
-            leaf for part in parts for leaf in part if leaf.ndim == 0 and leaf.is_floating_point()
-        ]
-        measured = torch.stack([measured, *numbers]).abs().amax()
-    else:
-        measured = measured.abs()
-    return known(measured <= LIMIT)
+def _usable(measured: Number, *parts: tuple) -> bool | Tensor:
+    """Whether a measurement and all numbers that its laws propose are within LIMIT."""
+    numbers = [
+        leaf
+        for part in parts
+        for leaf in part
+        if (leaf.ndim == 0 if isinstance(leaf, Tensor) else not isinstance(leaf, list))
+    ]
+    return all_within(LIMIT, [measured, *numbers])

@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from safe_ops.controllers.base import measurement, settle, zero, zero_count
+from safe_ops.arithmetic import Number, clamped, larger, select, smaller
+from safe_ops.controllers.advance import advance
+from safe_ops.controllers.base import settle, zero, zero_count
 
 
 class PIDLagrangianState(NamedTuple):
@@ -108,20 +110,22 @@ class PIDLagrangian:
 
     def update(self, state: PIDLagrangianState, *, cost: float | Tensor) -> PIDLagrangianState:
         """Take in the mean cost of one rollout."""
-        cost = measurement("cost", cost, like=state.step)
+        return advance(self._step, state, cost=cost)
+
+    def _step(self, state: PIDLagrangianState, cost: Number) -> PIDLagrangianState:
         error = cost - self.limit
         proportional = self.kp * error
-        rise = torch.where(state.step == 0, 0.0, torch.relu(cost - state.cost))
+        rise = select(state.step == 0, 0.0, larger(cost - state.cost, 0.0))
         decay = self.derivative_decay
         derivative = decay * state.derivative + (1 - decay) * self.kd * rise
-        slowest = (state.multiplier - self.rate_limit).clamp(min=0.0)
-        fastest = (state.multiplier + self.rate_limit).clamp(max=self.upper)
+        slowest = larger(state.multiplier - self.rate_limit, 0.0)
+        fastest = smaller(state.multiplier + self.rate_limit, self.upper)
         # Up to the saturation and not beyond; what was there before may stay.
-        largest = torch.maximum(fastest - proportional - derivative, state.integral)
-        integral = torch.minimum(state.integral + self.ki * error, largest).clamp(0.0, self.upper)
-        demand = proportional + (integral + derivative).clamp(max=self.upper)
+        largest = larger(fastest - proportional - derivative, state.integral)
+        integral = clamped(smaller(state.integral + self.ki * error, largest), 0.0, self.upper)
+        demand = proportional + smaller(integral + derivative, self.upper)
         new = state._replace(
-            multiplier=demand.clamp(slowest, fastest),
+            multiplier=clamped(demand, slowest, fastest),
             error=error,
             proportional=proportional,
             integral=integral,

@@ -6,7 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from safe_ops.controllers.base import known, measurement, select, settle, zero, zero_count
+from safe_ops.arithmetic import Number, newest_first, select
+from safe_ops.controllers.advance import advance
+from safe_ops.controllers.base import settle, zero, zero_count
 
 
 class MomentumState(NamedTuple):
@@ -66,16 +68,18 @@ class Momentum:
 
     def update(self, state: MomentumState, *, value: float | Tensor) -> MomentumState:
         """Take in one value."""
-        value = measurement("value", value, like=state.step)
+        return advance(self._step, state, value=value)
+
+    def _step(self, state: MomentumState, value: Number) -> MomentumState:
         return settle(state, self.propose(state, value), value)
 
-    def propose(self, state: MomentumState, value: Tensor) -> MomentumState:
-        """``update`` without the refusal: for a law that holds this one and refuses for it."""
-        full = value.expand(self.window)
-        history = select(known(state.step) == 0, full, state.history)
+    def propose(self, state: MomentumState, value: Number) -> MomentumState:
+        """A step without the refusal: for a law that holds this one and refuses for it."""
+        full = value.expand(self.window) if isinstance(value, Tensor) else [value] * self.window
+        history = select(state.step == 0, full, state.history)
         past = history[-1]
         return state._replace(
             momentum=(value - past) / self.window,
             past=past,
-            history=torch.cat((full[:1], history[:-1])),
+            history=newest_first(history, value),
         )

@@ -2,21 +2,14 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from safe_ops.controllers.base import (
-    as_tensor,
-    clamped,
-    known,
-    measurement,
-    select,
-    settle,
-    zero,
-    zero_count,
-)
+from safe_ops.arithmetic import Number, clamped, larger, newest_first, root, select, smaller
+from safe_ops.controllers.advance import advance
+from safe_ops.controllers.base import settle, zero, zero_count
 
 PHASE_NAMES = ("warm_up", "climbing", "converged", "plateau")
 """Names of the int64 phase."""
@@ -155,64 +148,86 @@ class Phase:
 
     def update(self, state: PhaseState, *, reward: float | Tensor) -> PhaseState:
         """Take in the mean reward of one rollout."""
-        reward = measurement("reward", reward, like=state.step)
+        return advance(self._step, state, reward=reward)
+
+    def _step(self, state: PhaseState, reward: Number) -> PhaseState:
         return settle(state, self.propose(state, reward), reward)
 
-    def propose(self, state: PhaseState, reward: Tensor) -> PhaseState:
-        """``update`` without the refusal: for a law that holds this one and refuses for it."""
-        step, phase = known(state.step), known(state.phase)
-        history = torch.cat((reward.view(1), state.history[:-1]))
+    def propose(self, state: PhaseState, reward: Number) -> PhaseState:
+        """A step without the refusal: for a law that holds this one and refuses for it."""
+        step, phase = state.step, state.phase
+        history = newest_first(state.history, reward)
         length = clamped((step + 1) // 2, 1, self.window)
-        age = torch.arange(2 * self.window, device=reward.device)
-        # Row 0 marks the last window, row 1 the one before.
-        windows = age // length == age[:2].unsqueeze(1)
-        means = (history * windows).sum(-1) / length
-        squares = ((history - means.unsqueeze(1)) * windows).square().sum(-1)
-        variances = squares / clamped(length - 1, 1, self.window)
-        mean, mean_before = means.unbind()
+        mean, variance = window_moments(history, 0, length)
+        mean_before, variance_before = window_moments(history, 1, length)
         ready = step >= 3
         # What float32 cannot resolve is no rise.
-        error = (variances.sum() / length).sqrt().add(means.abs().sum(), alpha=1e-6)
+        rounding = 1e-6 * (abs(mean) + abs(mean_before))
+        error = root((variance + variance_before) / length) + rounding
         # Means of short windows are too noisy to be remembered.
         short = step < 2 * self.window
         new = state._replace(
             rise=select(ready, mean - mean_before, state.rise),
             rise_error=select(ready, error, state.rise_error),
-            lowest=torch.minimum(mean, select(short, mean_before, state.lowest)),
-            highest=torch.maximum(mean, select(short, mean_before, state.highest)),
+            lowest=smaller(mean, select(short, mean_before, state.lowest)),
+            highest=larger(mean, select(short, mean_before, state.highest)),
             history=history,
         )
 
         # The phase does not end before the warm-up is over, and no phase leads back to it.
-        dwelt = known(state.dwelt)
-        may_leave = select(phase == WARM_UP, step >= max(3, self.warm_up), dwelt >= self.dwell)
-        climbs, settled = self._signs(new, mean, variances, phase)
+        may_leave = select(
+            phase == WARM_UP, step >= max(3, self.warm_up), state.dwelt >= self.dwell
+        )
+        climbs, settled = self._signs(new, mean, variance, phase)
 
-        def chosen(climbing: float, converged: float, plateau: float, held: Any) -> Any:
+        def chosen(climbing: float, converged: float, plateau: float, held: Number) -> Number:
             other = select(settled, converged, plateau)
             return select(may_leave, select(climbs, climbing, other), held)
 
         new_phase = chosen(CLIMBING, CONVERGED, PLATEAU, phase)
         return new._replace(
-            phase=as_tensor(new_phase, like=state.phase),
-            factor=as_tensor(chosen(*self.factors[1:], state.factor), like=state.factor),
-            dwelt=as_tensor(dwelt * (new_phase == phase) + 1, like=state.dwelt),
+            phase=new_phase,
+            factor=chosen(*self.factors[1:], state.factor),
+            dwelt=state.dwelt * (new_phase == phase) + 1,
         )
 
     def _signs(
-        self, new: PhaseState, mean: Tensor, variances: Tensor, phase: int | Tensor
+        self, new: PhaseState, mean: Number, variance: Number, phase: Number
     ) -> tuple[bool | Tensor, bool | Tensor]:
         """Whether the reward climbs, and has settled."""
         climbing, converged = phase == CLIMBING, phase == CONVERGED
         level = select(converged, self.level_leave, self.level_enter)
         rise_needed = select(climbing, self.leave, self.enter)
         if not self.relative:
-            settled = known(mean > level) & known(variances[0] < self.spread_limit**2)
-            return known(new.rise > rise_needed), settled
+            settled = (mean > level) & (variance < self.spread_limit**2)
+            return new.rise > rise_needed, settled
         unit = new.rise_error
         extent = new.highest - new.lowest
         stands = mean - new.lowest > extent * level
-        falls = new.rise < unit * select(converged, -self.enter, -self.leave)
+        holds = new.rise >= unit * select(converged, -self.enter, -self.leave)
         # Once converged it has moved: only its level and a fall end that.
-        moved = known(extent > unit * self.moved) | converged
-        return known(new.rise > unit * rise_needed), known(stands & ~falls) & moved
+        moved = (extent > unit * self.moved) | converged
+        return new.rise > unit * rise_needed, stands & holds & moved
+
+
+def window_moments(history: Number, back: int, length: Number) -> tuple[Number, Number]:
+    """Mean and variance (of ``length - 1``) of one of the windows of a history, newest first.
+
+    Args:
+        history: A list, or a tensor, in which a window's place may not be known.
+        back: How many windows lie before this one.
+        length: Of a window.
+
+    Example:
+        >>> window_moments([4.0, 2.0, 1.0, 0.0], 0, 2)
+        (3.0, 2.0)
+    """
+    if isinstance(history, Tensor):
+        within = torch.arange(history.shape[0], device=history.device) // length == back
+        mean = (history * within).sum() / length
+        squares = ((history - mean) * within).square().sum()
+    else:
+        values = history[back * length : (back + 1) * length]
+        mean = sum(values) / length
+        squares = sum((x - mean) * (x - mean) for x in values)
+    return mean, squares / larger(length - 1, 1)

@@ -4,11 +4,11 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from safe_ops.controllers.base import clamped, known, select, settle, zero, zero_count
-from safe_ops.controllers.base import measurement as as_measurement
+from safe_ops.arithmetic import Number, clamped, larger, select, smaller
+from safe_ops.controllers.advance import advance
+from safe_ops.controllers.base import settle, zero, zero_count
 
 
 class PIDState(NamedTuple):
@@ -118,50 +118,53 @@ class PID:
                 left to the caller. Infinite is none.
             upper: Likewise.
         """
-        like = state.step
-        y = as_measurement("measurement", measurement, like=like)
-        r = as_measurement("setpoint", self.setpoint if setpoint is None else setpoint, like=like)
-        low = as_measurement("lower", -math.inf if lower is None else lower, like=like)
-        high = as_measurement("upper", math.inf if upper is None else upper, like=like)
-        new = self.propose(state, y, setpoint=r, lower=low, upper=high)
-        return settle(state, new, y, r)
+        return advance(
+            self._step,
+            state,
+            measurement=measurement,
+            setpoint=self.setpoint if setpoint is None else setpoint,
+            lower=-math.inf if lower is None else lower,
+            upper=math.inf if upper is None else upper,
+        )
+
+    def _step(
+        self, state: PIDState, *, measurement: Number, setpoint: Number, **limits: Number
+    ) -> PIDState:
+        new = self.propose(state, measurement, setpoint=setpoint, **limits)
+        return settle(state, new, measurement, setpoint)
 
     def propose(
         self,
         state: PIDState,
-        measurement: Tensor,
+        measurement: Number,
         *,
-        setpoint: float | Tensor,
-        lower: Tensor,
-        upper: Tensor,
+        setpoint: Number,
+        lower: Number = -math.inf,
+        upper: Number = math.inf,
     ) -> PIDState:
-        """``update`` without the refusal: for a law that holds this one and refuses for it."""
+        """A step without the refusal: for a law that holds this one and refuses for it."""
         error = setpoint - measurement
         proportional = self.kp * error
         derivative, others = state.derivative, proportional
         if self.kd > 0:
-            change = measurement - select(known(state.step) == 0, measurement, state.measurement)
+            change = measurement - select(state.step == 0, measurement, state.measurement)
             derivative = (
                 self.derivative_decay * derivative - (1 - self.derivative_decay) * self.kd * change
             )
             others = proportional + derivative
-        integral = state.integral.add(error, alpha=self.ki)
-        lower = clamped(lower, self.lower, math.inf)
-        upper = clamped(upper, -math.inf, self.upper)
-        limited = self.rate_limit < math.inf
-        if limited:
-            lower = torch.maximum(lower, state.output - self.rate_limit)
-            upper = torch.minimum(upper, state.output + self.rate_limit)
+        integral = state.integral + self.ki * error
+        slowest, fastest = state.output - self.rate_limit, state.output + self.rate_limit
         if self.anti_windup:
             # As far as the limit, and never backwards: plain holding would stop short of it.
-            integral = integral.clamp(
-                torch.minimum(lower - others, state.integral),
-                torch.maximum(upper - others, state.integral),
+            lower = larger(larger(lower, self.lower), slowest)
+            upper = smaller(smaller(upper, self.upper), fastest)
+            integral = clamped(
+                integral,
+                smaller(lower - others, state.integral),
+                larger(upper - others, state.integral),
             )
         integral = clamped(integral, -self.integral_limit, self.integral_limit)
-        output = others + integral
-        if limited:
-            output = output.clamp(state.output - self.rate_limit, state.output + self.rate_limit)
+        output = clamped(others + integral, slowest, fastest)
         return state._replace(
             output=clamped(output, self.lower, self.upper),
             proportional=proportional,

@@ -7,11 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from safe_ops.controllers.base import measurement, settle, zero, zero_count
+from safe_ops.arithmetic import Number, larger, root, select, smaller
+from safe_ops.controllers.advance import advance
+from safe_ops.controllers.base import settle, zero, zero_count
 from safe_ops.controllers.ema import EMA, EMAState
 
 
-def trust_region_scale(step_kl: Tensor, limit: float | Tensor) -> Tensor:
+def trust_region_scale(step_kl: Number, limit: float | Tensor) -> Number:
     """By how much to scale a parameter step so that its KL keeps to a limit.
 
         scale = min( 1, sqrt(limit / KL) )
@@ -21,7 +23,8 @@ def trust_region_scale(step_kl: Tensor, limit: float | Tensor) -> Tensor:
     leaves limit^2 / KL: less than was allowed.)
 
     Args:
-        step_kl: KL of the whole step, nats per token, any shape. Below 0 it is noise: scale 1.
+        step_kl: KL of the whole step, nats per token; a float, or a tensor of any shape. Below 0 it
+            is noise: scale 1.
         limit: Nats per token, not negative.
 
     Returns:
@@ -35,7 +38,7 @@ def trust_region_scale(step_kl: Tensor, limit: float | Tensor) -> Tensor:
     """
     # At or below the limit the quotient is at least 1, and 0 / 0 does not occur.
     over = step_kl > limit
-    return torch.where(over, (limit / torch.where(over, step_kl, 1.0)).sqrt(), 1.0)
+    return select(over, root(limit / select(over, step_kl, 1.0)), 1.0)
 
 
 class TrustRegionState(NamedTuple):
@@ -107,16 +110,18 @@ class TrustRegion:
 
     def update(self, state: TrustRegionState, *, step_kl: float | Tensor) -> TrustRegionState:
         """Take in the KL of one whole step, nats per token."""
-        step_kl = measurement("step_kl", step_kl, like=state.step)
-        filtered = self.filter.update(state.filter, value=step_kl)
-        predicted = torch.maximum(step_kl, filtered.value)
+        return advance(self._step, state, step_kl=step_kl)
+
+    def _step(self, state: TrustRegionState, step_kl: Number) -> TrustRegionState:
+        filtered = settle(state.filter, self.filter.propose(state.filter, step_kl), step_kl)
+        predicted = larger(step_kl, filtered.value)
         scale = trust_region_scale(predicted, self.limit)
         if self.growth < math.inf:
-            scale = torch.minimum(scale, state.scale * self.growth)
+            scale = smaller(scale, state.scale * self.growth)
         new = state._replace(
             scale=scale,
             predicted_kl=predicted,
-            scaled_kl=scale.square() * step_kl,
+            scaled_kl=scale * scale * step_kl,
             limited=state.limited + (scale < 1),
             filter=filtered,
         )

@@ -12,7 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from safe_ops.controllers.base import measurement, select, settle, zero, zero_count
+from safe_ops.arithmetic import select
+from safe_ops.controllers.advance import measurement
+from safe_ops.controllers.base import settle, zero, zero_count
 from safe_ops.controllers.ema import EMA, EMAState
 
 

@@ -61,10 +61,10 @@ def test_optional_measurements_are_known_to_the_controller():
 
 
 def test_an_overflow_of_finite_measurements_is_refused():
-    law = EMA(decay=0.5)
-    state = law.update(law.init(), value=3e38)
-    after = law.update(state, value=-3e38)
-    assert torch.equal(after.value, state.value)
+    law = PID(kp=10.0)
+    state = law.update(law.init(), measurement=1.0)
+    after = law.update(state, measurement=3e38)
+    assert torch.equal(after.output, state.output)
     assert (int(after.step), int(after.non_finite)) == (1, 1)
 
 

@@ -27,6 +27,7 @@ from safe_ops.controllers import (
     TrustRegion,
     flatten_state,
 )
+from tests.benchmarks.bench_controllers import CountOperations
 from tests.benchmarks.measure import resident_bytes
 
 SHORT = EntropyGatedKL(
@@ -78,6 +79,15 @@ def assert_same(a, b, *, ignore=()):
     for name in a:
         if name.split("__")[-1] not in ignore:
             assert torch.equal(a[name], b[name]), f"{name}: {a[name]} and {b[name]}"
+
+
+def assert_as_rounded(a, b, *, ignore=()):
+    """The same but for where float64's numbers are rounded to float32, and what comes of it."""
+    a, b = flatten_state(a), flatten_state(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        if name.split("__")[-1] not in ignore:
+            torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
 @every_law
@@ -198,7 +208,7 @@ def test_many_at_once_under_vmap(law, names, dtype):
         torch.set_default_dtype(torch.float32)
     for index, one in enumerate(expected):
         found = tree_map(operator.itemgetter(index), state)
-        assert_same(found, one, ignore=("non_finite",))
+        assert_as_rounded(found, one, ignore=("non_finite",))
 
 
 @every_law
@@ -231,10 +241,10 @@ def test_compiled_is_eager_and_never_recompiles(law, names):
     compiled = torch.compile(inner, fullgraph=True, backend=backend)
     hole = {name: torch.tensor(math.nan) for name in names}
     for t, measured in enumerate([*stream(names, 9), hole, *stream(names, 9)]):
-        assert_same(eager(**measured), compiled(**measured))
+        assert_as_rounded(eager(**measured), compiled(**measured))
         if t == 12:
             inner.load_state_dict(eager.state_dict())
-    assert_same(eager.state, inner.state)
+    assert_as_rounded(eager.state, inner.state)
     assert len(graphs) == 1
 
 
@@ -263,6 +273,15 @@ def test_update_never_waits_for_the_device(law, names):
 
 
 @every_law
+def test_a_cpu_computes_in_pythons_numbers(law, names):
+    # An operation on a tensor of one number takes as long as fifty of Python.
+    state, [measured] = law.init(), stream(names, 1)
+    with CountOperations() as counter:
+        law.update(state, **measured)
+    assert counter.count <= 5
+
+
+@every_law
 @pytest.mark.parametrize("cast", ["bfloat16", "half", "double"])
 def test_a_cast_leaves_the_state(law, names, cast):
     controller = Controller(law)
@@ -282,7 +301,8 @@ def test_a_cast_leaves_the_state(law, names, cast):
 def test_non_finite_holds_is_counted_and_is_forgotten(law, names, bad):
     state = run(law, stream(names, 6))
     held = run(law, [dict.fromkeys(names, bad)] * 2, state)
-    assert_same(held, state, ignore=["non_finite"])
+    # What follows from the held is made of it again.
+    assert_as_rounded(held, state, ignore=["non_finite"])
     assert int(held.non_finite) == 2
     after = stream(names, 1, offset=6)
     assert_same(run(law, after, held), run(law, after, state), ignore=["non_finite"])
