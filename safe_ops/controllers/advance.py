@@ -120,12 +120,10 @@ def _rebuilt(state: StateT, leaves: Iterator[Any]) -> StateT:
 def _as_tensors(numbers: list[Any], like: list[Tensor]) -> Iterator[Tensor]:
     """Numbers as tensors of float32 and int64: two for all single ones, of which each is a part."""
     kinds = [leaf.dtype if leaf.ndim == 0 else None for leaf in like]
-    parts = {
-        dtype: iter(
-            _tensor([x for x, of in zip(numbers, kinds, strict=True) if of is dtype], dtype)
-        )
-        for dtype in CODES
-    }
+    parts = {}
+    for dtype in {kind for kind in kinds if kind is not None}:
+        of_it = [x for x, kind in zip(numbers, kinds, strict=True) if kind is dtype]
+        parts[dtype] = iter(_tensor(of_it, dtype))
     for number, kind in zip(numbers, kinds, strict=True):
         yield _tensor(number, torch.float32) if kind is None else next(parts[kind])
 

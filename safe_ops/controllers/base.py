@@ -23,7 +23,8 @@ class ControlLaw(Protocol[StateT_co]):
     ``update`` is pure and reads its measurements (floats or 0-d tensors, already reduced over
     tokens and ranks) by keyword. The state is a NamedTuple, possibly nested: float32 tensors, 0-d
     but for histories [W], and int64 counts. ``step`` counts the updates taken in, ``non_finite``
-    those refused: a measurement that is NaN or infinite holds the state.
+    those refused: a measurement that is NaN or infinite holds the state. Ours end in ``settle``,
+    which sees to that, and are called by ``advance``, which makes them cheap on a CPU.
 
     Example:
         >>> from safe_ops.controllers import EMA
