@@ -212,7 +212,9 @@ def run(accelerator: Accelerator, config: Config, output: Path, *, resume: bool)
         [
             {"params": adapters, "lr": config.policy_learning_rate},
             {"params": heads, "lr": config.critic_learning_rate},
-        ]
+        ],
+        # Hundreds of small adapters at once.
+        fused=True,
     )
     if not config.sharded:
         objective = accelerator.prepare(objective)

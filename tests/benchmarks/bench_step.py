@@ -6,7 +6,8 @@
 CPU time of one thread. The loops run in processes of their own, fresh in every round, and take
 turns of one update; the medians are over all updates but the first two of each process. The tiny
 model is a Llama with 4 layers of 128 and 8192 tokens, LoRA on all projections, and a reward model
-of its size; a batch is 16 x (24 + 24) tokens, two epochs of two minibatches. "demo" is
+of its size; a batch is 16 x (24 + 24) tokens, two epochs of two minibatches. No response of ours
+ends early, so that every loop has as many tokens. "demo" is
 SmolLM2-135M as `make demo` runs it; "logits" is SAFE with the head's logits made, as the loop was
 before it had `linear_log_probs`.
 """

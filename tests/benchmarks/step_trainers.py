@@ -22,6 +22,7 @@ from transformers import (
 
 from examples.lm_rlhf import train
 from examples.lm_rlhf.config import Config, smollm2_135m, tiny
+from examples.lm_rlhf.models import Policy, load_policy
 from safe_ops import TokenLogProbs, token_log_probs
 from safe_rl import (
     ControllerModule,
@@ -111,6 +112,11 @@ def demo_config() -> Config:
     return dataclasses.replace(smollm2_135m(), threads=1)
 
 
+def without_ends(config: Config) -> Policy:
+    """Every response has its full length: as many tokens for one loop as for the other."""
+    return dataclasses.replace(load_policy(config), eos_ids=torch.empty(0, dtype=torch.int64))
+
+
 def made_logits(
     states: Tensor,
     weight: Tensor,
@@ -139,6 +145,7 @@ def ours(
     """The example's loop."""
     config = dataclasses.replace(config, algorithm=algorithm, steps=updates)
     with Stopwatch(tell, clock) as watch, ExitStack() as patches:
+        patches.enter_context(patch.object(train, "load_policy", without_ends))
         if make_logits:
             patches.enter_context(patch.object(causal_lm, "linear_log_probs", made_logits))
         for owner, name, stage in STAGES:
