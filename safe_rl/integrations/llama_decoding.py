@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from transformers import LlamaForCausalLM, PreTrainedModel, Qwen2ForCausalLM
 
 from safe_rl.integrations.merged_linear import MergedLinear, is_mergeable
+from safe_rl.integrations.packed_linear import can_pack
 
 LLAMA_LIKE = (LlamaForCausalLM, Qwen2ForCausalLM)
 """Exactly these classes: a subclass may compute something else."""
@@ -99,8 +100,9 @@ class LlamaDecoder:
         self._rotary = backbone.rotary_emb
         self._norm = backbone.norm
         head = language_model.get_output_embeddings()
-        # The head is the largest matrix: copied only where an adapter changes it.
-        self._head = head if type(head) is nn.Linear else MergedLinear([head])
+        # The head is the largest matrix: copied only where an adapter changes it or it is packed.
+        own_head = type(head) is nn.Linear and not can_pack(head.weight)
+        self._head = head if own_head else MergedLinear([head])
         self._layers = [_fuse(layer) for layer in backbone.layers]
 
     def refresh(self) -> None:
@@ -114,11 +116,11 @@ class LlamaDecoder:
 
     def start(self, rows: int, length: int) -> None:
         """Empty the cache; it holds ``length`` tokens in each of ``rows`` rows."""
-        weight = self._layers[0].query_key_value.weight
-        self._key_heads = weight.shape[0] // self._head_size // (self._groups + 2)
+        mixed = self._layers[0].query_key_value
+        self._key_heads = mixed.out_features // self._head_size // (self._groups + 2)
         self._filled = 0
         # A row of a layer is [heads, length, head size], keys and values apart.
-        self._cache = weight.new_empty(
+        self._cache = mixed.weight.new_empty(
             len(self._layers), 2, rows, self._key_heads, length, self._head_size
         )
 
