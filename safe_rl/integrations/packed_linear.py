@@ -1,38 +1,9 @@
-"""Products of a few rows with large matrices on a CPU, by a C kernel compiled at first use."""
-
-import ctypes
-import functools
-import os
-import shlex
-import subprocess
-import tempfile
-from pathlib import Path
+"""Products of a few rows with large matrices on a CPU."""
 
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("packed_linear.c")
-
-
-@functools.cache
-def compiled(*options: str) -> ctypes.CDLL | None:
-    """The kernel for this processor; None where there is no C compiler, or not one for it."""
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "packed_linear.so"
-        command = shlex.split(os.environ.get("CC", "cc"))
-        command += ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", *options]
-        try:
-            subprocess.run(
-                [*command, str(SOURCE), "-o", str(library)], check=True, capture_output=True
-            )
-            kernel = ctypes.CDLL(str(library))
-        except (OSError, subprocess.CalledProcessError):
-            return None
-    pointer, number = ctypes.c_void_p, ctypes.c_long
-    kernel.columns.restype = number
-    kernel.pack.argtypes = [pointer, number, number, pointer, ctypes.c_int]
-    kernel.multiply.argtypes = [pointer, number, number, pointer, pointer, number, ctypes.c_int]
-    return kernel
+from safe_rl.integrations.c_kernels import compiled
 
 
 def can_pack(weight: Tensor) -> bool:
