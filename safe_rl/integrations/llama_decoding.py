@@ -155,7 +155,7 @@ class LlamaDecoder:
         return self._layers[0].query_key_value.packed
 
     def _normed(self, norm: Any, hidden: Tensor) -> Tensor:
-        if self._has_kernels and type(norm) in RMS_NORMS:
+        if self._has_kernels and type(norm) in RMS_NORMS and norm.weight.dtype == hidden.dtype:
             return rms_norm(hidden, norm.weight, norm.variance_epsilon)
         return norm(hidden)
 
