@@ -229,13 +229,15 @@ def memory(
     tile = min(tokens, GPU_TILE[0]) * GPU_TILE[1] * d if gpus else TILE_BYTES
     # A gathered layer in both precisions, twice.
     gathered = 2 * (d * sizes.layer_parameters + 4 * adapters // sizes.layers)
+    # In float32 on a CPU the head is packed too.
+    head = sizes.vocabulary * sizes.hidden if config.dtype == "float32" and not gpus else 0
     held = {
         "layers": d * sizes.layers * sizes.layer_parameters // over,
         "embedding, head": d * sizes.embedding_parameters,
         "gathered layers": gathered if sharded else 0,
         "reference (adapters off)": 0,
         "merged copy for sampling": (
-            d * sizes.layers * sizes.layer_parameters if config.merged_sampling else 0
+            d * (sizes.layers * sizes.layer_parameters + head) if config.merged_sampling else 0
         ),
         "adapters": 4 * adapters // over,
         "critic and target critic": 8 * critic,
@@ -247,8 +249,8 @@ def memory(
     cache = 2 * sizes.layers * sizes.key_heads * sizes.head_size * d
     sampling = {
         "key-value cache": batch * length * cache,
-        # Logits, their float32 log-probs and probabilities, the float64 cumulative sum.
-        "logits of a step": batch * sizes.vocabulary * (d + 4 + 4 + 8),
+        # Logits, their float32 log-probs and probabilities.
+        "logits of a step": batch * sizes.vocabulary * (d + 4 + 4),
     }
     forward = {
         "activations": activation_bytes(sizes, config, rows=rows, length=length),

@@ -1,16 +1,22 @@
 """Incremental forwards of Llama-like models with few operations, for sampling on a CPU."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM, PreTrainedModel, Qwen2ForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
+from safe_rl.integrations.decode_kernels import attend_one, rms_norm
 from safe_rl.integrations.merged_linear import MergedLinear, is_mergeable
+from safe_rl.integrations.packed_linear import can_pack
 
 LLAMA_LIKE = (LlamaForCausalLM, Qwen2ForCausalLM)
 """Exactly these classes: a subclass may compute something else."""
+RMS_NORMS = (LlamaRMSNorm, Qwen2RMSNorm)
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 
@@ -60,9 +66,10 @@ class LlamaDecoder:
         h += W_down (act(W_gate n'(h)) * W_up n'(h))
 
     q, k, v are one product, gate and up another; adapters are merged; the query heads of one key
-    head are rows of one attention. Keys and values are written in place. Norms, rotary angles,
-    embedding and head are the model's own; the layers' weights are copies (425 MB for
-    SmolLM2-135M in float32), brought up to date by ``refresh``.
+    head are rows of one attention. Keys and values are written in place. Rotary angles and
+    embedding are the model's own; the layers' weights are copies (425 MB for SmolLM2-135M in
+    float32), brought up to date by ``refresh``. In float32 on a CPU with a C compiler the products,
+    norms and a new token's attention are C kernels, and the head is a copy too (113 MB).
 
     Args:
         language_model: One that ``is_llama_like`` accepts.
@@ -99,8 +106,9 @@ class LlamaDecoder:
         self._rotary = backbone.rotary_emb
         self._norm = backbone.norm
         head = language_model.get_output_embeddings()
-        # The head is the largest matrix: copied only where an adapter changes it.
-        self._head = head if type(head) is nn.Linear else MergedLinear([head])
+        # The head is the largest matrix: copied only where an adapter changes it or it is packed.
+        own_head = type(head) is nn.Linear and not can_pack(head.weight)
+        self._head = head if own_head else MergedLinear([head])
         self._layers = [_fuse(layer) for layer in backbone.layers]
 
     def refresh(self) -> None:
@@ -114,11 +122,11 @@ class LlamaDecoder:
 
     def start(self, rows: int, length: int) -> None:
         """Empty the cache; it holds ``length`` tokens in each of ``rows`` rows."""
-        weight = self._layers[0].query_key_value.weight
-        self._key_heads = weight.shape[0] // self._head_size // (self._groups + 2)
+        mixed = self._layers[0].query_key_value
+        self._key_heads = mixed.out_features // self._head_size // (self._groups + 2)
         self._filled = 0
         # A row of a layer is [heads, length, head size], keys and values apart.
-        self._cache = weight.new_empty(
+        self._cache = mixed.weight.new_empty(
             len(self._layers), 2, rows, self._key_heads, length, self._head_size
         )
 
@@ -130,12 +138,43 @@ class LlamaDecoder:
         cos, sin = self._rotary(hidden, position_ids=position)
         half = self._head_size // 2
         # rope(x) = x * cos + [-x2, x1] * sin = x * cos + [x2, x1] * [-sin, sin]
-        cos, sin = cos.unsqueeze(2), torch.cat([-sin[..., :half], sin[..., half:]], -1).unsqueeze(2)
-        bias = self._attention_bias(visible, start, end, hidden.dtype)
+        sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)
+        attend = self._attention(cos, sin, visible, start)
         cached = self._cache[:, :, :batch, :, :end].unbind()
         for cache, layer in zip(cached, self._layers, strict=True):
-            mixed = layer.query_key_value(layer.attention_norm(hidden))
-            heads = mixed.view(batch, steps, -1, self._head_size)
+            normed = self._normed(layer.attention_norm, hidden)
+            hidden = hidden + layer.attention_out(attend(layer.query_key_value(normed), cache))
+            normed = self._normed(layer.feed_forward_norm, hidden)
+            gate, up = layer.gate_up(normed).chunk(2, -1)
+            hidden = hidden + layer.down(layer.activation(gate) * up)
+        self._filled = end
+        return self._head(self._normed(self._norm, hidden[:, -1]))
+
+    @property
+    def _has_kernels(self) -> bool:
+        return self._layers[0].query_key_value.packed
+
+    def _normed(self, norm: Any, hidden: Tensor) -> Tensor:
+        if self._has_kernels and type(norm) in RMS_NORMS and norm.weight.dtype == hidden.dtype:
+            return rms_norm(hidden, norm.weight, norm.variance_epsilon)
+        return norm(hidden)
+
+    def _attention(
+        self, cos: Tensor, sin: Tensor, visible: Tensor, start: int
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """(queries, keys and values of the new tokens, a layer's cache) -> what they see."""
+        batch, steps = cos.shape[:2]
+        if steps == 1 and self._has_kernels:
+            cos, sin, visible = cos.contiguous(), sin.contiguous(), visible.contiguous()
+            return lambda mixed, cache: attend_one(
+                mixed, cos, sin, cache, visible, scale=self._scaling
+            ).unsqueeze(1)
+        bias = self._attention_bias(visible, start, start + steps, cos.dtype)
+        half = self._head_size // 2
+        cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+
+        def attend(mixed: Tensor, cache: Tensor) -> Tensor:
+            heads = mixed.view(*mixed.shape[:2], -1, self._head_size)
             turned, value = heads.split(
                 [(self._groups + 1) * self._key_heads, self._key_heads], dim=2
             )
@@ -151,12 +190,9 @@ class LlamaDecoder:
                 query, cache[0], cache[1], attn_mask=bias, scale=self._scaling
             )
             seen = seen.view(batch, self._key_heads, self._groups, steps, -1)
-            seen = seen.permute(0, 3, 1, 2, 4).reshape(batch, steps, -1)
-            hidden = hidden + layer.attention_out(seen)
-            gate, up = layer.gate_up(layer.feed_forward_norm(hidden)).chunk(2, -1)
-            hidden = hidden + layer.down(layer.activation(gate) * up)
-        self._filled = end
-        return self._head(self._norm(hidden[:, -1]))
+            return seen.permute(0, 3, 1, 2, 4).reshape(batch, steps, -1)
+
+        return attend
 
     def repeat(self, rows: int) -> None:
         """Let the first ``rows`` rows continue what the first one holds."""

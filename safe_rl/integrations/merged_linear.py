@@ -1,6 +1,6 @@
 """Linear layers with their LoRA adapters merged in, in memory of their own: the base stays."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,6 +9,8 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from safe_rl.integrations.packed_linear import can_pack, pack, packed_linear
 
 
 def is_mergeable(projection: nn.Module) -> bool:
@@ -41,7 +43,8 @@ class MergedLinear(nn.Module):
 
     The weights of the sources are read, never written: a merge in place rounds them at every
     update, and with them the reference policy. ``refresh`` takes over what has changed; adapters
-    that are switched off are left out.
+    that are switched off are left out. In float32 on a CPU the weights are packed, where there is a
+    C compiler, and the product is that of ``packed_linear``, which has no gradient.
 
     Args:
         projections: Linear layers of one input width, with or without LoRA.
@@ -53,7 +56,8 @@ class MergedLinear(nn.Module):
         >>> first, second = torch.nn.Linear(2, 3), torch.nn.Linear(2, 1)
         >>> merged = MergedLinear([first, second])
         >>> merged.refresh()
-        >>> merged(torch.ones(5, 2)).shape
+        >>> with torch.no_grad():
+        ...     merged(torch.ones(5, 2)).shape
         torch.Size([5, 4])
     """
 
@@ -68,31 +72,57 @@ class MergedLinear(nn.Module):
         # Held in a tuple, the sources are not registered a second time.
         self._sources = tuple(projections)
         bases = [_base(projection) for projection in projections]
-        rows = sum(base.out_features for base in bases)
-        like = bases[0].weight
+        self.in_features = bases[0].in_features
+        self.out_features = sum(base.out_features for base in bases)
+        self.packed = False
+        """Whether ``weight`` is in the order of ``packed_linear``; of the last ``refresh``."""
         self.weight: Tensor
         self.bias: Tensor | None
-        self.register_buffer("weight", like.new_empty(rows, like.shape[1]), persistent=False)
         has_bias = any(base.bias is not None for base in bases)
-        self.register_buffer("bias", like.new_zeros(rows) if has_bias else None, persistent=False)
+        self.register_buffer("weight", bases[0].weight.new_empty(0), persistent=False)
+        bias = bases[0].weight.new_zeros(self.out_features) if has_bias else None
+        self.register_buffer("bias", bias, persistent=False)
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Write the sources' present weights, adapters merged, into the own ones."""
         like = _base(self._sources[0]).weight
         self.to(like.device, like.dtype)  # does nothing unless the sources have been moved
+        self.packed, was_packed = can_pack(like), self.packed
+        own = self.weight if self.weight.numel() and self.packed == was_packed else None
+        if self.packed:
+            self.weight = pack(self._merge(None), own)
+        else:
+            shape = self.out_features, self.in_features
+            self.weight = self._merge(like.new_empty(shape) if own is None else own)
+        if self.bias is not None:
+            for rows, source in self._rows():
+                bias = _base(source).bias
+                self.bias[rows] = 0 if bias is None else bias
+
+    def _merge(self, out: Tensor | None) -> Tensor:
+        if out is None and len(self._sources) == 1 and type(self._sources[0]) is nn.Linear:
+            return self._sources[0].weight
+        if out is None:
+            like = _base(self._sources[0]).weight
+            out = like.new_empty(self.out_features, self.in_features)
+        for rows, source in self._rows():
+            _write_merged(source, out[rows])
+        return out
+
+    def _rows(self) -> Iterator[tuple[slice, nn.Module]]:
         start = 0
         for source in self._sources:
-            base = _base(source)
-            rows = slice(start, start + base.out_features)
-            _write_merged(source, self.weight[rows])
-            if self.bias is not None and base.bias is not None:
-                self.bias[rows] = base.bias
-            start = rows.stop
+            end = start + _base(source).out_features
+            yield slice(start, end), source
+            start = end
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out of all sources, one after the other]."""
-        return F.linear(x, self.weight, self.bias)
+        if not self.packed:
+            return F.linear(x, self.weight, self.bias)
+        y = packed_linear(x, self.weight, width=self.out_features)
+        return y if self.bias is None else y.add_(self.bias)
 
 
 class MergedAdapters:

@@ -6,12 +6,17 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from safe_rl.integrations.cached_decoding import CachedDecoder, ModelDecoder, read_prompts
 from safe_rl.integrations.llama_decoding import LlamaDecoder, is_llama_like
 from safe_rl.integrations.merged_linear import MergedAdapters
 from safe_rl.integrations.sharded_decoding import ShardedDecoder, is_sharded
+
+BLOCK = 256
+"""Tokens that ``draw`` sums up in float32: relative to their probability that is off by no more
+than the exponential is."""
 
 
 class Sampled(NamedTuple):
@@ -215,11 +220,38 @@ def draw(distribution: Tensor, uniform: Tensor) -> Tensor:
         >>> draw(even, torch.tensor([0.0, 0.6], dtype=torch.float64))
         tensor([0, 2])
     """
-    cumulative = distribution.exp().cumsum(-1, dtype=torch.float64)
-    total = cumulative[:, -1:]
-    if not torch.isfinite(total).all():
-        rows = (~torch.isfinite(total)).any(1).nonzero().squeeze(1).tolist()
+    probabilities = distribution.exp()
+    if short := -distribution.shape[1] % BLOCK:
+        probabilities = F.pad(probabilities, (0, short))
+    blocks = probabilities.unflatten(1, (-1, BLOCK))
+    weights = blocks.sum(-1)
+    if not torch.isfinite(weights).all():
+        rows = (~torch.isfinite(weights)).any(1).nonzero().squeeze(1).tolist()
         raise ValueError(f"logits must be finite, got nan or inf in rows {rows}")
-    # Below the total by more than it rounds, so that the last token of all is not a refuge.
-    target = uniform.unsqueeze(1) * total * (1 - 1e-15)
-    return torch.searchsorted(cumulative, target, right=True).squeeze(1)
+    # First a block of tokens, then one of its tokens: V float64 numbers a row are not summed up.
+    block, uniform = invert(weights, uniform)
+    token, _ = invert(blocks[torch.arange(len(block), device=block.device), block], uniform)
+    return block * BLOCK + token
+
+
+def invert(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """The first place a row where the cumulative weight exceeds ``uniform`` of the whole.
+
+    Args:
+        weights: [B, N], not negative, not all 0 in a row.
+        uniform: float64 [B], in [0, 1].
+
+    Returns:
+        (int64 [B], never a place of weight 0; how far into its weight, float64 [B] in [0, 1]).
+
+    Example:
+        >>> invert(torch.tensor([[1.0, 0.0, 3.0]]), torch.tensor([0.625], dtype=torch.float64))
+        (tensor([2]), tensor([0.5000], dtype=torch.float64))
+    """
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
+    # Below the total by more than it rounds, so that the last place of all is not a refuge.
+    target = uniform.unsqueeze(1) * cumulative[:, -1:] * (1 - 1e-15)
+    place = torch.searchsorted(cumulative, target, right=True)
+    weight = weights.gather(1, place)
+    rest = (target - cumulative.gather(1, place) + weight) / weight
+    return place.squeeze(1), rest.squeeze(1).clamp(0, 1)

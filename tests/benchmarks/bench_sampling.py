@@ -89,7 +89,7 @@ class Candidates:
 
     @torch.no_grad()
     def products(self) -> Tensor:
-        """The bare matrix products, adapters merged: of the prompts, then of each new token."""
+        """Torch's matrix products alone, merged: of the padded prompts, then of each new token."""
         head = self.model.get_output_embeddings()
         layers = [m.weight for n, m in self.model.named_modules() if n.endswith("base_layer")]
         rows, width = self.prompt.shape
@@ -113,7 +113,7 @@ class Candidates:
             "ours, LoRA in place": lambda: self.sample(unmerged),
             "ours, merged, the model's own forward": own_forward,
             "ours, merged, lean decoder": lambda: self.sample(merged),
-            "the bare matrix products": self.products,
+            "torch's matrix products alone, merged": self.products,
         }
 
 

@@ -163,18 +163,26 @@ def test_the_cache_has_the_bytes_of_a_real_one(architecture: PreTrainedConfig) -
     assert counted["key-value cache"] == real
 
 
-def test_merged_sampling_costs_a_copy_of_the_layers() -> None:
-    config = settings(merged_sampling=True)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_merged_sampling_costs_a_copy_of_the_layers(dtype: str) -> None:
+    """In float32 of the head too, where it is packed."""
+    config = settings(merged_sampling=True, dtype=dtype)
     architecture = ARCHITECTURES["qwen2"]
     decoder = LlamaDecoder(build(architecture, config))
     decoder.refresh()
-    copies = [part for layer in decoder._layers for part in layer if isinstance(part, MergedLinear)]
+    parts = [part for layer in decoder._layers for part in layer] + [decoder._head]
+    copies = [part for part in parts if isinstance(part, MergedLinear)]
+    assert len(copies) == 4 * len(decoder._layers) + (dtype == "float32")
     sizes = model.read_sizes(architecture)
     counted = model.memory(config, sizes, prompt_width=PROMPT).held["merged copy for sampling"]
     # The biases are the model's own, and so are the norms.
-    own = size([copy.weight for copy in copies])
     vectors = 2 * sizes.hidden + sum(sizes.projections[name][1] for name in sizes.biases)
-    assert counted == own + 2 * sizes.layers * vectors
+    bytes_each = 4 if dtype == "float32" else 2
+    numbers = sum(copy.in_features * copy.out_features for copy in copies)
+    assert counted == bytes_each * (numbers + sizes.layers * vectors)
+    # Packed, the last panel of a small matrix is filled up.
+    own, more = size([copy.weight for copy in copies]), dtype == "float32"
+    assert bytes_each * numbers <= own <= bytes_each * numbers * (2 if more else 1)
     apart = model.memory(settings(), sizes, prompt_width=PROMPT)
     assert apart.held["merged copy for sampling"] == 0
 

@@ -1,0 +1,39 @@
+"""C kernels for a CPU, compiled at first use."""
+
+import ctypes
+import functools
+import os
+import shlex
+import subprocess
+import tempfile
+from pathlib import Path
+
+SOURCES = [
+    Path(__file__).with_name(name) for name in ("packed_linear.c", "attend_one.c", "rms_norm.c")
+]
+
+
+@functools.cache
+def compiled(*options: str) -> ctypes.CDLL | None:
+    """The kernels for this processor; None where there is no C compiler, or not one for it.
+
+    Args:
+        options: More of the compiler's.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "kernels.so"
+        command = shlex.split(os.environ.get("CC", "cc"))
+        command += ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", *options]
+        command += [*map(str, SOURCES), "-lm", "-o", str(library)]
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+            kernels = ctypes.CDLL(str(library))
+        except (OSError, subprocess.CalledProcessError):
+            return None
+    pointer, number, threads = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+    kernels.columns.restype = number
+    kernels.pack.argtypes = [pointer, number, number, pointer, threads]
+    kernels.multiply.argtypes = [pointer, number, number, pointer, pointer, number, threads]
+    kernels.attend_one.argtypes = [*[pointer] * 7, *[number] * 7, ctypes.c_float, threads]
+    kernels.rms_norm.argtypes = [pointer, pointer, pointer, number, number, ctypes.c_float]
+    return kernels
