@@ -27,7 +27,7 @@ class Room(NamedTuple):
     """Entries between the rows of a tile, where without it 1024 would divide their distance."""
 
 
-CPU_ROOM = Room(block_size=4096, tile_bytes=2**24, kept_bytes=48 * 2**20, row_gap=64)
+CPU_ROOM = Room(block_size=4096, tile_bytes=2**24, kept_bytes=49 * 2**20, row_gap=64)
 """A tile lies in a core's cache, where rows whole pages apart would fall on the same lines."""
 GPU_ROOM = Room(block_size=16384, tile_bytes=2**29, kept_bytes=2**31, row_gap=0)
 """A product must take longer than Python needs to launch what follows it."""
@@ -59,7 +59,8 @@ class RowChunk(NamedTuple):
         # Detached: compiling looks at what a view of a saved result would have as its gradient.
         picked = x.detach()[self.rows]
         if self.count == self.padded:
-            return picked.to(dtype)
+            # Of one number a row a copy: compiling would tell a view of some from one of all.
+            return picked.to(dtype, copy=x.ndim == 1)
         filled = torch.zeros(self.padded, *x.shape[1:], dtype=dtype, device=x.device)
         filled[: self.count] = picked
         return filled
@@ -67,6 +68,12 @@ class RowChunk(NamedTuple):
     def put(self, target: Tensor, x: Tensor) -> None:
         """Write [padded, ...] to its rows of the target, without the filling."""
         target[self.rows] = x[: self.count].to(target.dtype)
+
+    def sum_into(self, target: Tensor, dtype: torch.dtype) -> Tensor:
+        """[padded, ...], zeros to add to, for ``put``: the target's own rows where they will do."""
+        if isinstance(self.rows, slice) and self.count == self.padded and target.dtype == dtype:
+            return target[self.rows].zero_()
+        return torch.zeros(self.padded, *target.shape[1:], dtype=dtype, device=target.device)
 
 
 def check_arguments(

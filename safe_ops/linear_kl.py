@@ -172,6 +172,7 @@ def _forward(
                  ref_highest, ref_log_total)  # fmt: skip
         for result, x in zip(results, found, strict=True):
             chunk.put(result, x)
+        del states, ref_states  # before the next chunk's are made
     return results[0], results[1], results[2], results[3], results[4]
 
 
@@ -221,8 +222,8 @@ def _backward(
             chunk.take(x, dtype) for x in (*results, grad)
         )
         d_states = [
-            torch.zeros_like(x, dtype=dtype) if need else None
-            for x, need in zip(states, needed[::2], strict=True)
+            chunk.sum_into(target, dtype) if need else None
+            for target, need in zip(grads[::2], needed[::2], strict=True)
         ]
         for part in blocks.vocabulary_blocks(weight, block_size):
             rows = (weight[part].to(tiles[0].dtype), ref_weight[part].to(tiles[1].dtype))
@@ -253,6 +254,7 @@ def _backward(
         for target, d in zip(grads[::2], d_states, strict=True):
             if d is not None:
                 chunk.put(target, d)
+        del states, d_states, d  # before the next chunk's are made
     return grads[0], grads[1], grads[2], grads[3]
 
 

@@ -110,6 +110,7 @@ def _forward(
         sums, logit = chosen.sum_rows(states, weight, bias, ids, scale, tiles)
         for result, x in zip(results, chosen.finish(sums, logit), strict=True):
             chunk.put(result, x)
+        del states  # before the next chunk's are made
     return results[0], results[1], results[2], results[3]
 
 
@@ -157,20 +158,21 @@ def _backward(
         )
         made = chosen.coefficients(log_prob, entropy, g, g_entropy, scale)
         rows = chosen.RowSlopes(highest, log_total, *made)
-        d_states = torch.zeros(states.shape, dtype=dtype, device=hidden.device)
+        d_states = chunk.sum_into(d_hidden, dtype) if needed[0] else None
         for part in blocks.vocabulary_blocks(weight, block_size):
             entries = weight[part].to(tile.dtype)
             of_block = None if bias is None else bias[part]
             z = chosen.block_slopes(states, entries, of_block, ids, part, scale, rows, tile)
-            if needed[0]:
+            if d_states is not None:
                 blocks.add_product(d_states, z, entries)
             if needed[1]:
                 blocks.write_product(d_weight[part], z.t(), states, first=first)
             if needed[2]:
                 total = z.sum(0, dtype=dtype)
                 d_bias[part] = total if first else d_bias[part] + total
-        if needed[0]:
+        if d_states is not None:
             chunk.put(d_hidden, d_states)
+        del states, d_states  # before the next chunk's are made
     return d_hidden, d_weight, d_bias
 
 

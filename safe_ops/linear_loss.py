@@ -31,11 +31,12 @@ def linear_loss(
 
     Where the loss needs nothing that comes after the head, the logits of a few tokens at a time,
     over the whole vocabulary, serve both the value and the gradients: three matrix products
-    instead of the four of ``linear_log_probs`` and its backward. Those of the first H tokens lie in
-    the memory that is to become the gradient of ``weight``; then at most 48 MiB are kept at a time.
-    A chunk has 128 tokens at least, since each costs a pass over the weight and its gradient: in a
-    vocabulary of more than 98,304 some of its logits are made twice. On a GPU 2 GiB are kept; in
-    half precision none, and all are made twice, which takes less time than to write them.
+    instead of the four of ``linear_log_probs`` and its backward. At most 49 MiB of them are kept at
+    a time; those of the first chunk, of more than H tokens, lie in the memory that is to become the
+    gradient of ``weight`` too. A chunk has 128 tokens at least, since each costs a pass over the
+    weight and its gradient: in a vocabulary of more than 100,352 some of its logits are made twice.
+    On a GPU 2 GiB are kept; in half precision none, and all are made twice, which takes less time
+    than to write them.
 
     Not for ``torch.compile(fullgraph=True)``: ``token_loss`` is a Python function that is
     differentiated on the way. ``linear_log_probs`` is for that.
@@ -152,19 +153,19 @@ def _work_on_chunk(
         return value
     made = chosen.coefficients(log_prob, entropy, g, g_entropy, scale)
     rows = chosen.RowSlopes(highest, log_total, *made)
-    d_states = torch.zeros_like(states, dtype=scale.dtype)
+    d_states = chunk.sum_into(d_hidden, scale.dtype) if needed[0] else None
     used: blocks.Tile | None = None
     for tile, part in reversed(tiles):
         entries = weight[part].to(states.dtype)
         kept = tile is not used
         z = chosen.block_slopes(states, entries, None, ids, part, scale, rows, tile, kept=kept)
         used = tile
-        if needed[0]:
+        if d_states is not None:
             blocks.add_product(d_states, z, entries)
         if needed[1]:
             store.write_gradient(part, z, states)
     store.next_chunk()
-    if needed[0]:
+    if d_states is not None:
         chunk.put(d_hidden, d_states)
     return value
 
@@ -172,11 +173,12 @@ def _work_on_chunk(
 class _LogitStore:
     """Where the logits of a chunk lie, over the whole vocabulary, and the gradient's way out.
 
-    The first chunk has up to H rows: a block of its logits fits where the block before it of the
-    weight's gradient will be, and is used up before that one is written: gradients are written
-    from the last block to the first. The first block lies in a tile. Other chunks have tiles
-    of ``kept_bytes`` together, and one more that the blocks share for which these do not suffice;
-    where kernels make slopes without logits, that one alone, for the slopes.
+    Tiles of ``kept_bytes`` together, and one more that the blocks share for which these do not
+    suffice; where kernels make slopes without logits, that one alone, for the slopes.
+
+    The first chunk has more rows than that: tiles for its first blocks alone, the others lie one
+    after another in the memory that is to become the weight's gradient. That is written from the
+    last block to the first, each time behind all logits that are still to be used.
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, d_weight: Tensor, block_size: int) -> None:
@@ -190,20 +192,34 @@ class _LogitStore:
         self.rows = max(blocks.whole_tiles(self._kept_bytes // row_bytes), FEWEST_ROWS)
         if chosen.has_fused(hidden, weight):
             self._kept_bytes, self.rows = 0, blocks.tile_rows(hidden, block_size)
-        block = min(block_size, weight.shape[0])
-        fitting = weight.shape[1] * block // blocks.row_stride(block, hidden.device)
-        self._in_gradient = (
-            d_weight.shape == weight.shape
-            and d_weight.dtype == self._tile(0).logits_dtype
-            and fitting >= blocks.ROW_TILE
-        )
-        self.first_rows = blocks.whole_tiles(fitting) if self._in_gradient else self.rows
+        self.first_rows, self._apart_at_first = self.rows, 0
+        if d_weight.shape == weight.shape and d_weight.dtype == self._tile(0).logits_dtype:
+            self._plan_first_chunk(min(block_size, weight.shape[0]))
+
+    def _plan_first_chunk(self, block: int) -> None:
+        """Its rows, and how many of its blocks lie apart: the most rows of all such numbers.
+
+        With n blocks of R numbers, k of them apart, and n of G in the gradient, the last perhaps
+        fewer: k R fit into what is kept, and (n - k) R <= (n - 1) G, so that the logits end where
+        the last block's gradient starts. Then those up to any block i end at
+        (i + 1 - k) R <= i G too.
+        """
+        hidden, weight, _ = self._inputs
+        n, gradient = len(self._parts), block * weight.shape[1]
+        kept = self._kept_bytes // self._tile(0).logits_dtype.itemsize
+        row = blocks.row_stride(block, hidden.device)
+        for k in range(1, n):
+            rows = min(kept // k, (n - 1) * gradient // (n - k)) // row
+            if rows >= self.first_rows + blocks.ROW_TILE:
+                self.first_rows, self._apart_at_first = blocks.whole_tiles(rows), k
 
     def tiles(self, chunk: blocks.RowChunk) -> list[tuple[blocks.Tile, slice]]:
         """Every block of the vocabulary with the tile of its logits."""
-        if self._first and self._in_gradient:
-            tiles = [self._tile(chunk.padded)]
-            tiles += [self._tile(chunk.padded, self._d_weight[p]) for p in self._parts[:-1]]
+        if self._first and self._apart_at_first:
+            tiles = [self._tile(chunk.padded) for _ in range(self._apart_at_first)]
+            size = tiles[0].nbytes // self._d_weight.itemsize
+            places = self._d_weight.view(-1).split(size)
+            tiles += [self._tile(chunk.padded, p) for p in places[: len(self._parts) - len(tiles)]]
         else:
             self._tiles = self._tiles or self._apart(chunk.padded)
             tiles = self._tiles

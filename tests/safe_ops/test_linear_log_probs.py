@@ -4,6 +4,7 @@ import gc
 import math
 import re
 from collections.abc import Callable
+from itertools import accumulate
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from safe_ops import TokenLogProbs, linear_log_probs, set_compile_backend, token_log_probs
+from safe_ops import _linear_blocks as blocks
 from tests.strategies import PROPERTY, bool_tensors, log_uniform, tensors
 
 BLOCK = 16
@@ -181,6 +183,57 @@ def test_a_masked_row_and_a_frozen_head_cost_no_product() -> None:
     loss = linear_log_probs(**frozen).log_prob.sum()
     # The logits and the gradient of hidden: no product of V rows.
     assert rows_multiplied(lambda: torch.autograd.grad(loss, x["hidden"])) == 2 * 64
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """Most bytes of tensors at one time, beyond those that there were before."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        kept = call()
+    results = profile.profiler.kineto_results if profile.profiler else None
+    assert results is not None
+    events = [event for event in results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    del kept
+    return max(accumulate(event.nbytes() for event in events))
+
+
+def test_nothing_of_the_width_of_hidden_beside_the_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Two chunks of 64 rows.
+    monkeypatch.setattr(blocks, "CPU_ROOM", blocks.CPU_ROOM._replace(tile_bytes=64 * 4 * 128))
+    beside = []
+    for H in (64, 128):
+        x = leaves(inputs("random", N=128, H=H), torch.float32)
+
+        def both(x: dict[str, Tensor] = x) -> list[Tensor]:
+            return gradients(linear_log_probs(**x, block_size=128), x)
+
+        both()
+        beside.append(peak_bytes(both) - x["hidden"].nbytes - x["weight"].nbytes)
+    assert beside[0] == beside[1]
+
+
+def test_many_chunks_need_no_graph_that_one_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    for name in ("absorb_block", "turn_into_slopes"):
+        body = torch.compile(getattr(blocks, name).__wrapped__, backend=count, dynamic=True)
+        monkeypatch.setattr(blocks, name, body)
+    monkeypatch.setattr(blocks, "CPU_ROOM", blocks.CPU_ROOM._replace(tile_bytes=64 * 4 * 48))
+    found = []
+    for N in (64, 128, 256):
+        x = leaves(inputs("random", N=N), torch.float32)
+        gradients(linear_log_probs(**x, block_size=48), x)
+        found.append(len(graphs))
+    # Of each body one for rows that lie together and one for those of a shorter block.
+    assert found == [4, 4, 4]
 
 
 def bitwise(a: TokenLogProbs, b: TokenLogProbs) -> bool:

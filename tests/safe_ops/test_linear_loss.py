@@ -28,14 +28,16 @@ def problem(dtype: torch.dtype, *, N: int = 40) -> tuple[Tensor, Tensor, Tensor]
     )
 
 
-@pytest.mark.parametrize("rows", [16, 32])
+@pytest.mark.parametrize(("rows", "kept"), [(16, 0), (32, 0), (16, 1536)])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_value_and_gradients_are_those_of_linear_log_probs(
-    dtype: torch.dtype, masked: bool, rows: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, masked: bool, rows: int, kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Several chunks; the logits of one block alone are kept, all others are made again.
-    monkeypatch.setattr(blocks, "CPU_ROOM", blocks.CPU_ROOM._replace(kept_bytes=0))
+    # Several chunks. No logits are kept, but those of one block; or those of 3 blocks of the first
+    # 32 rows, 4 more in the gradient's memory, and 6 of the 7 blocks of later chunks.
+    kept_bytes = kept * dtype.itemsize
+    monkeypatch.setattr(blocks, "CPU_ROOM", blocks.CPU_ROOM._replace(kept_bytes=kept_bytes))
     monkeypatch.setitem(op.__globals__, "FEWEST_ROWS", rows)
     hidden, weight, tokens = problem(dtype)
     mask = torch.arange(40) % 3 > 0 if masked else torch.ones(40).bool()
@@ -67,6 +69,21 @@ def test_gradients_against_float64() -> None:
         torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(truth, y), strict=True
     ):
         torch.testing.assert_close(a, b.float(), rtol=1e-4, atol=1e-6)
+
+
+def test_the_first_chunk_lies_in_the_gradient_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 3 of its 7 blocks apart; where H * block numbers alone had to do, it would have 16 rows.
+    monkeypatch.setattr(blocks, "CPU_ROOM", blocks.CPU_ROOM._replace(kept_bytes=1536 * 4))
+    monkeypatch.setitem(op.__globals__, "FEWEST_ROWS", 16)
+    hidden, weight, tokens = problem(torch.float32)
+    sizes = []
+
+    def counted(log_prob: Tensor, entropy: Tensor, index: Tensor) -> Tensor:
+        sizes.append(len(index))
+        return token_loss(log_prob, entropy, index)
+
+    linear_loss(hidden, weight, tokens, counted, block_size=16)
+    assert sizes == [32, 8]
 
 
 def test_each_token_is_seen_once() -> None:
