@@ -27,7 +27,7 @@ class Room(NamedTuple):
     """Entries between the rows of a tile, where without it 1024 would divide their distance."""
 
 
-CPU_ROOM = Room(block_size=4096, tile_bytes=2**24, kept_bytes=54 * 2**20, row_gap=64)
+CPU_ROOM = Room(block_size=4096, tile_bytes=2**24, kept_bytes=49 * 2**20, row_gap=64)
 """A tile lies in a core's cache, where rows whole pages apart would fall on the same lines."""
 GPU_ROOM = Room(block_size=16384, tile_bytes=2**29, kept_bytes=2**31, row_gap=0)
 """A product must take longer than Python needs to launch what follows it."""

@@ -31,10 +31,10 @@ def linear_loss(
 
     Where the loss needs nothing that comes after the head, the logits of a few tokens at a time,
     over the whole vocabulary, serve both the value and the gradients: three matrix products
-    instead of the four of ``linear_log_probs`` and its backward. At most 54 MiB of them are kept at
+    instead of the four of ``linear_log_probs`` and its backward. At most 49 MiB of them are kept at
     a time; those of the first chunk, of more than H tokens, lie in the memory that is to become the
     gradient of ``weight`` too. A chunk has 128 tokens at least, since each costs a pass over the
-    weight and its gradient: in a vocabulary of more than 110,592 some of its logits are made twice.
+    weight and its gradient: in a vocabulary of more than 100,352 some of its logits are made twice.
     On a GPU 2 GiB are kept; in half precision none, and all are made twice, which takes less time
     than to write them.
 
@@ -206,10 +206,13 @@ class _LogitStore:
         """
         hidden, weight, _ = self._inputs
         n, gradient = len(self._parts), block * weight.shape[1]
-        kept = self._kept_bytes // self._tile(0).logits_dtype.itemsize
+        itemsize = self._tile(0).logits_dtype.itemsize
+        kept = self._kept_bytes // itemsize
+        # A product of half precision sums in float32, in memory of its own.
+        sums = 4 // itemsize if itemsize < 4 else 0
         row = blocks.row_stride(block, hidden.device)
         for k in range(1, n):
-            rows = min(kept // k, (n - 1) * gradient // (n - k)) // row
+            rows = min(kept // (k + sums), (n - 1) * gradient // (n - k)) // row
             if rows >= self.first_rows + blocks.ROW_TILE:
                 self.first_rows, self._apart_at_first = blocks.whole_tiles(rows), k
 
