@@ -206,10 +206,13 @@ class _LogitStore:
         """
         hidden, weight, _ = self._inputs
         n, gradient = len(self._parts), block * weight.shape[1]
-        kept = self._kept_bytes // self._tile(0).logits_dtype.itemsize
+        itemsize = self._tile(0).logits_dtype.itemsize
+        kept = self._kept_bytes // itemsize
+        # A product of half precision sums in float32, in memory of its own.
+        sums = 4 // itemsize if itemsize < 4 else 0
         row = blocks.row_stride(block, hidden.device)
         for k in range(1, n):
-            rows = min(kept // k, (n - 1) * gradient // (n - k)) // row
+            rows = min(kept // (k + sums), (n - 1) * gradient // (n - k)) // row
             if rows >= self.first_rows + blocks.ROW_TILE:
                 self.first_rows, self._apart_at_first = blocks.whole_tiles(rows), k
 
