@@ -14,19 +14,31 @@ import json
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import GenerationConfig, PreTrainedModel
 
 from examples.lm_rlhf.config import Config, smollm2_135m
 from examples.lm_rlhf.models import load_policy, read_prompts, tokenize_prompts
 from safe_rl.integrations.merged_linear import MergedAdapters
+from safe_rl.integrations.packed_linear import pack, packed_linear
 from safe_rl.integrations.transformers import Sampler
 from safe_rl.rollouts import left_pad
 from tests.benchmarks.measure import Table, json_of_fresh_process, write_results
+
+PRODUCTS = {
+    "queries, keys, values": (960, 576),
+    "gate, up": (3072, 576),
+    "down": (576, 1536),
+    "head": (49152, 576),
+}
+"""[outputs, inputs] of SmolLM2-135M."""
+BEYOND_CACHES = 2**26
+"""Numbers, of all copies of a weight together."""
 
 
 @torch.no_grad()
@@ -118,7 +130,7 @@ class Candidates:
 
 
 def timed(
-    calls: dict[str, Callable[[], Tensor]], rounds: int, clock: Callable[[], float]
+    calls: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
     """Seconds of every call in every round, after one to warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
@@ -130,6 +142,28 @@ def timed(
             if turn:
                 seconds[name].append(clock() - begin)
     return seconds
+
+
+@torch.no_grad()
+def one_by_one(rows: int, rounds: int, clock: Callable[[], float]) -> Table:
+    """A step's products, of few rows, with weights that come from memory."""
+    found = []
+    for name, (outputs, inputs) in PRODUCTS.items():
+        x = torch.randn(rows, inputs)
+        weights = [torch.randn(outputs, inputs) for _ in range(BEYOND_CACHES // (outputs * inputs))]
+        packed = [pack(weight) for weight in weights]
+        calls = {
+            "torch": lambda x=x, weights=weights: [F.linear(x, w) for w in weights],
+            "packed": lambda x=x, packed=packed, width=outputs: [
+                packed_linear(x, p, width=width) for p in packed
+            ],
+        }
+        seconds = timed(calls, rounds, clock)
+        each = [statistics.median(seconds[by]) / len(weights) for by in calls]
+        cells = (f"{1e6 * x:.0f} ({2e-9 * rows * outputs * inputs / x:.0f})" for x in each)
+        found.append([f"{name}: {inputs} to {outputs}", *cells])
+    title = f"A product of {rows} rows, µs (GFLOP/s)"
+    return Table(title, ["product", "torch", "packed"], found)
 
 
 def main() -> None:
@@ -171,10 +205,11 @@ def main() -> None:
     ]
     title = (
         f"Sampling, SmolLM2-135M with LoRA, {given.rows} x {given.new_tokens} tokens, "
-        f"{given.threads} threads, {given.clock} clock"
+        f"{given.threads} thread{'s' if given.threads > 1 else ''}, {given.clock} clock"
     )
     columns = ["by", "s", "tokens a second", "times generate", "times generate, flushed"]
-    write_results("sampling", [Table(title, columns, rows)], given.output)
+    tables = [Table(title, columns, rows), one_by_one(given.rows, given.rounds, clock)]
+    write_results("sampling", tables, given.output)
 
 
 if __name__ == "__main__":

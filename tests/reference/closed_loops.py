@@ -18,9 +18,17 @@ def without_reward(
     drift: float = 0.01,
     delay: int = 0,
     updates: int = 300,
+    seen: float | None = None,
 ) -> list[float]:
-    """KLs at the largest gate (entropy 0): each falls by effect times the coefficient."""
+    """KLs at the largest gate (entropy 0): each falls by effect times the coefficient.
+
+    Before them the law has met the KL ``seen`` a hundred times: a filter of few values is a fast
+    one, for which the gain may be too large.
+    """
     state, kl, kls, waiting = law.init(), start, [], drift / effect
+    if seen is not None:
+        for _ in range(100):
+            state = law.update(state, kl=seen, entropy=0.0, reward=0.0)
     for _ in range(updates):
         state = law.update(state, kl=kl, entropy=0.0, reward=0.0)
         coef = float(state.kl_coef)

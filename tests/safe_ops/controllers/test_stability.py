@@ -346,9 +346,9 @@ def test_the_law_at_its_largest_gate_settles_inside_the_local_region(
     gain = share * stable_gain(decay, delay=delay)
     rest = law.threshold + drift / gain
     disturbance = start * drift / gain
-    late = without_reward(law, gain / LARGEST, start=rest + disturbance, drift=drift, delay=delay)[
-        -50:
-    ]
+    late = without_reward(
+        law, gain / LARGEST, start=rest + disturbance, drift=drift, delay=delay, seen=rest
+    )[-50:]
     assert max(late) - min(late) < 0.3 * abs(disturbance) + 1e-6
     assert sum(late) / 50 == pytest.approx(rest, abs=abs(disturbance) + 1e-5)
 
