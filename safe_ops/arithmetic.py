@@ -18,7 +18,7 @@ SelectedT = TypeVar("SelectedT")
 
 
 def larger(a: Number, b: Number) -> Number:
-    """The larger of two.
+    """The larger of two; NaN if one is.
 
     Example:
         >>> larger(1.0, 2.0), larger(torch.tensor(1.0), 2.0)
@@ -26,11 +26,13 @@ def larger(a: Number, b: Number) -> Number:
     """
     if isinstance(a, Tensor):
         return torch.maximum(a, b) if isinstance(b, Tensor) else a.clamp(min=b)
-    return b.clamp(min=a) if isinstance(b, Tensor) else max(a, b)
+    if isinstance(b, Tensor):
+        return b.clamp(min=a)
+    return a if a > b or a != a else b
 
 
 def smaller(a: Number, b: Number) -> Number:
-    """The smaller of two.
+    """The smaller of two; NaN if one is.
 
     Example:
         >>> smaller(1.0, 2.0), smaller(torch.tensor(1.0), 2.0)
@@ -38,7 +40,9 @@ def smaller(a: Number, b: Number) -> Number:
     """
     if isinstance(a, Tensor):
         return torch.minimum(a, b) if isinstance(b, Tensor) else a.clamp(max=b)
-    return b.clamp(max=a) if isinstance(b, Tensor) else min(a, b)
+    if isinstance(b, Tensor):
+        return b.clamp(max=a)
+    return a if a < b or a != a else b
 
 
 def clamped(x: Number, lower: Number, upper: Number) -> Number:
@@ -48,9 +52,9 @@ def clamped(x: Number, lower: Number, upper: Number) -> Number:
         >>> clamped(torch.tensor(3.0), -math.inf, 2.0), clamped(3, 1, 2)
         (tensor(2.), 2)
     """
-    if isinstance(lower, Tensor) or lower > -math.inf:
+    if isinstance(lower, Tensor) or lower != -math.inf:
         x = larger(x, lower)
-    if isinstance(upper, Tensor) or upper < math.inf:
+    if isinstance(upper, Tensor) or upper != math.inf:
         x = smaller(x, upper)
     return x
 

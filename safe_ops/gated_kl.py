@@ -55,9 +55,11 @@ def entropy_gate(
         raise ValueError(f"ceiling must not be below floor, got {ceiling} and {floor}")
     if not 0 <= lower <= upper:
         raise ValueError(f"lower and upper must satisfy 0 <= lower <= upper, got {lower}, {upper}")
-    gate = floor / (entropy + eps)
+    # An estimate may be below 0 by rounding; the quotient must not change sign.
+    spread = larger(entropy, 0.0) + eps
+    gate = floor / spread
     if ceiling < math.inf:
-        gate = larger(gate, (entropy + eps) / ceiling)
+        gate = larger(gate, spread / ceiling)
     return clamped(gate, lower, upper)
 
 

@@ -32,7 +32,7 @@ def linear_loss(
     Where the loss needs nothing that comes after the head, the logits of a few tokens at a time,
     over the whole vocabulary, serve both the value and the gradients: three matrix products
     instead of the four of ``linear_log_probs`` and its backward. At most 49 MiB of them are kept at
-    a time; those of the first chunk, of more than H tokens, lie in the memory that is to become the
+    a time; those of the first chunk, of about H tokens, lie in the memory that is to become the
     gradient of ``weight`` too. A chunk has 128 tokens at least, since each costs a pass over the
     weight and its gradient: in a vocabulary of more than 100,352 some of its logits are made twice.
     On a GPU 2 GiB are kept; in half precision none, and all are made twice, which takes less time

@@ -21,6 +21,8 @@ def advance(
     and lists for its histories, computes in float64, and what it returns is made into tensors
     again, rounded to float32. On a GPU, which would be waited for, in a graph of torch.compile,
     which would break, and under vmap, where a number is many, it is given the tensors themselves.
+    Measurements are rounded to float32 either way, a law's gains only on tensors: on a CPU a
+    measurement of a limit's own number may be beyond it by that.
 
     ``step`` is written for both, with operators and ``safe_ops.arithmetic``, in which a state of
     tensors reads like one of numbers.
@@ -100,6 +102,8 @@ def _may_be_read(leaves: list[Tensor], measurements: list[float | Tensor]) -> bo
     if torch.compiler.is_compiling() or peek_interpreter_stack() is not None:
         return False
     given = [value for value in measurements if isinstance(value, Tensor)]
+    if any(x.dtype not in CODES for x in leaves):
+        return False
     return all(type(x) is Tensor and x.is_cpu for x in [*leaves, *given])
 
 
@@ -123,7 +127,8 @@ def _as_tensors(numbers: list[Any], like: list[Tensor]) -> Iterator[Tensor]:
     parts = {}
     for dtype in {kind for kind in kinds if kind is not None}:
         of_it = [x for x, kind in zip(numbers, kinds, strict=True) if kind is dtype]
-        parts[dtype] = iter(_tensor(of_it, dtype))
+        # Not views of one tensor to autograd: each may be written to without the others.
+        parts[dtype] = (part.data for part in _tensor(of_it, dtype).unbind())
     for number, kind in zip(numbers, kinds, strict=True):
         yield _tensor(number, torch.float32) if kind is None else next(parts[kind])
 

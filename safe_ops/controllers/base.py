@@ -163,7 +163,8 @@ def settle(state: StateT, new: StateT, *measurements: Number) -> StateT:
     """End of most steps: take the new state, or refuse it whole and count.
 
     Refused when a measurement is not finite, or when a new value is not or does not fit float32 (an
-    overflow of finite measurements). ``step`` of the new state is set here.
+    overflow of finite measurements; what Python's numbers hold on the way is none). ``step`` of the
+    new state is set here.
 
     Args:
         state: Before the update, of tensors or of numbers; has ``step`` and ``non_finite``.

@@ -350,8 +350,7 @@ class EntropyGatedKL:
     ) -> tuple[EntropyGatedKLState, bool | Tensor]:
         """The state with a new gate, and whether the entropy could be used."""
         gate = entropy_gate(
-            # An estimate may be below 0 by rounding; the quotient must not change sign.
-            larger(entropy, 0.0),
+            entropy,
             floor=self.entropy_floor,
             ceiling=self.entropy_ceiling,
             lower=self.gate_lower,

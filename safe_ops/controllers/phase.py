@@ -116,7 +116,8 @@ class Phase:
                 "level_leave must not exceed level_enter, "
                 f"got {self.level_leave} and {self.level_enter}"
             )
-        if len(self.factors) != 4 or not all(0 < f < math.inf for f in self.factors):
+        least = torch.finfo(torch.float32).tiny
+        if len(self.factors) != 4 or not all(least <= f < math.inf for f in self.factors):
             raise ValueError(f"factors must be four positive numbers, got {self.factors}")
         if not self.spread_limit > 0:
             raise ValueError(f"spread_limit must be positive, got {self.spread_limit}")

@@ -8,9 +8,30 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 SOURCES = [
     Path(__file__).with_name(name) for name in ("packed_linear.c", "attend_one.c", "rms_norm.c")
 ]
+
+
+def require(name: str, x: Tensor) -> None:
+    """Kernels read what lies in memory: float32 on a CPU, or an error that names ``x``."""
+    if x.dtype != torch.float32 or x.device.type != "cpu":
+        raise ValueError(f"{name} must be float32 on a CPU, got {x.dtype} on {x.device}")
+
+
+def kernels() -> ctypes.CDLL:
+    """The kernels, for who knows that there is a compiler.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    found = compiled()
+    if found is None:
+        raise RuntimeError("no C compiler that makes code for this processor: set CC")
+    return found
 
 
 @functools.cache

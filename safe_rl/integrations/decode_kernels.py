@@ -4,10 +4,12 @@ Of torch's own, attention takes twenty operations and a norm six, each of which 
 than to compute.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
-from safe_rl.integrations.c_kernels import compiled
+from safe_rl.integrations.c_kernels import kernels, require
 
 
 def attend_one(
@@ -27,15 +29,18 @@ def attend_one(
 
     Returns:
         float32 [B, heads * D].
+
+    Raises:
+        ValueError: an input is not float32 on a CPU, or the cache has gaps within a head.
     """
-    kernels = compiled()
-    assert kernels is not None, "asked for only where there is one"
-    assert cache.stride(3) == cache.shape[4]
-    assert cache.stride(4) == 1
+    for name, x in {"mixed": mixed, "cos": cos, "sin": sin, "cache": cache}.items():
+        require(name, x)
+    if cache.stride()[3:] != (cache.shape[4], 1):
+        raise ValueError(f"a head's cache must be in one piece, got strides {cache.stride()}")
     _, rows, key_heads, length, size = cache.shape
     heads = mixed.shape[-1] // size - 2 * key_heads
     seen = mixed.new_empty(rows, heads * size)
-    kernels.attend_one(
+    kernels().attend_one(
         *(x.data_ptr() for x in (mixed, cos, sin, cache[0], cache[1], visible, seen)),
         *(rows, heads, key_heads, size, length, cache.stride(1), cache.stride(2)),
         scale,
@@ -56,11 +61,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Returns:
         float32 [..., H].
+
+    Raises:
+        ValueError: an input is not float32 on a CPU.
     """
-    kernels = compiled()
-    assert kernels is not None, "asked for only where there is one"
-    x = x.contiguous()
-    y = torch.empty_like(x)
-    size = x.shape[-1]
-    kernels.rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // size, size, eps)
+    require("x", x)
+    require("weight", weight)
+    x, weight = x.contiguous(), weight.contiguous()
+    y, rows, size = torch.empty_like(x), math.prod(x.shape[:-1]), x.shape[-1]
+    kernels().rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), rows, size, eps)
     return y

@@ -152,10 +152,12 @@ class LlamaDecoder:
 
     @property
     def _has_kernels(self) -> bool:
-        return self._layers[0].query_key_value.packed
+        # All layers are packed or none is; a kernel has no gradient.
+        return self._layers[0].query_key_value.packed and not torch.is_grad_enabled()
 
     def _normed(self, norm: Any, hidden: Tensor) -> Tensor:
-        if self._has_kernels and type(norm) in RMS_NORMS and norm.weight.dtype == hidden.dtype:
+        dtypes = {norm.weight.dtype, hidden.dtype}
+        if self._has_kernels and type(norm) in RMS_NORMS and dtypes == {torch.float32}:
             return rms_norm(hidden, norm.weight, norm.variance_epsilon)
         return norm(hidden)
 

@@ -121,7 +121,8 @@ class MergedLinear(nn.Module):
         """[..., in] -> [..., out of all sources, one after the other]."""
         if not self.packed:
             return F.linear(x, self.weight, self.bias)
-        y = packed_linear(x, self.weight, width=self.out_features)
+        # Under autocast attention makes half precision of it; the product stays in float32.
+        y = packed_linear(x.to(self.weight.dtype), self.weight, width=self.out_features)
         return y if self.bias is None else y.add_(self.bias)
 
 

@@ -1,9 +1,11 @@
 """Products of a few rows with large matrices on a CPU."""
 
+import math
+
 import torch
 from torch import Tensor
 
-from safe_rl.integrations.c_kernels import compiled
+from safe_rl.integrations.c_kernels import compiled, kernels, require
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -25,9 +27,12 @@ def pack(weight: Tensor, packed: Tensor | None = None) -> Tensor:
 
     Returns:
         float32 [panels, K, columns of a panel]; the O outputs are divided into panels.
+
+    Raises:
+        ValueError: the weight is not float32 on a CPU.
     """
-    kernel = compiled()
-    assert kernel is not None, "a weight that can_pack"
+    require("weight", weight)
+    kernel = kernels()
     weight, (width, depth) = weight.detach().contiguous(), weight.shape
     columns = kernel.columns()
     if packed is None:
@@ -58,19 +63,15 @@ def packed_linear(x: Tensor, packed: Tensor, *, width: int) -> Tensor:
         ValueError: x is not float32 [..., K] on a CPU, or wants a gradient.
     """
     panels, depth, columns = packed.shape
-    if x.shape[-1] != depth or x.dtype != torch.float32 or x.device.type != "cpu":
-        raise ValueError(
-            f"x must be float32 [..., {depth}] on a CPU, got {x.dtype} {tuple(x.shape)} on "
-            f"{x.device}"
-        )
+    require("x", x)
+    if x.shape[-1] != depth:
+        raise ValueError(f"x must be [..., {depth}] as the weight is, got {tuple(x.shape)}")
     if torch.is_grad_enabled() and x.requires_grad:
         raise ValueError("x must need no gradient: call packed_linear under torch.no_grad()")
-    kernel = compiled()
-    assert kernel is not None, "what is packed was packed by it"
     x = x.contiguous()
     y = x.new_empty(*x.shape[:-1], panels * columns)
-    rows, threads = x.numel() // depth, torch.get_num_threads()
-    kernel.multiply(
+    rows, threads = math.prod(x.shape[:-1]), torch.get_num_threads()
+    kernels().multiply(
         x.data_ptr(), rows, depth, packed.data_ptr(), y.data_ptr(), y.shape[-1], threads
     )
     return y if y.shape[-1] == width else y[..., :width].contiguous()

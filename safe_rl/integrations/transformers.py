@@ -6,7 +6,6 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from safe_rl.integrations.cached_decoding import CachedDecoder, ModelDecoder, read_prompts
@@ -220,17 +219,25 @@ def draw(distribution: Tensor, uniform: Tensor) -> Tensor:
         >>> draw(even, torch.tensor([0.0, 0.6], dtype=torch.float64))
         tensor([0, 2])
     """
-    probabilities = distribution.exp()
-    if short := -distribution.shape[1] % BLOCK:
-        probabilities = F.pad(probabilities, (0, short))
-    blocks = probabilities.unflatten(1, (-1, BLOCK))
-    weights = blocks.sum(-1)
-    if not torch.isfinite(weights).all():
-        rows = (~torch.isfinite(weights)).any(1).nonzero().squeeze(1).tolist()
+    probabilities, size = distribution.exp(), distribution.shape[1]
+    whole = size - size % BLOCK
+    weights = torch.cat(
+        [
+            probabilities[:, :whole].unflatten(1, (-1, BLOCK)).sum(-1),
+            probabilities[:, whole:].sum(-1, keepdim=True),
+        ],
+        1,
+    )
+    total = weights.sum(-1)
+    good = total.isfinite() & (total > 0)
+    if not good.all():
+        rows = (~good).nonzero().squeeze(1).tolist()
         raise ValueError(f"logits must be finite, got nan or inf in rows {rows}")
     # First a block of tokens, then one of its tokens: V float64 numbers a row are not summed up.
     block, uniform = invert(weights, uniform)
-    token, _ = invert(blocks[torch.arange(len(block), device=block.device), block], uniform)
+    places = block.unsqueeze(1) * BLOCK + torch.arange(BLOCK, device=block.device)
+    chosen = probabilities.gather(1, places.clamp(max=size - 1)).masked_fill(places >= size, 0.0)
+    token, _ = invert(chosen, uniform)
     return block * BLOCK + token
 
 

@@ -73,3 +73,18 @@ def test_tensors_are_given_where_a_number_may_not_be_read():
     meta = Held(*(x.to("meta") for x in HELD[:2]), Counts(*(x.to("meta") for x in HELD[2])))
     assert advance(step, meta, kl=0.3).value.device.type == "meta"
     assert kinds == [Tensor] * 4
+
+
+def test_each_number_may_be_written_to_without_the_others():
+    new = advance(lambda state: state, HELD)
+    weight = torch.tensor(2.0, requires_grad=True)
+    loss = weight * new.value
+    new.inner.step.zero_()
+    new.history.zero_()
+    loss.backward()
+    assert torch.equal(weight.grad, HELD.value)
+
+
+def test_a_state_of_another_dtype_stays_what_it_is():
+    double = HELD._replace(value=torch.tensor(0.1, dtype=torch.float64))
+    assert advance(lambda state: state, double).value.dtype == torch.float64

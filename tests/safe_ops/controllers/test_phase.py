@@ -141,6 +141,8 @@ def test_paper_by_hand():
         ({"level_leave": 0.9}, "level_leave must not exceed level_enter"),
         ({"factors": (1.0, 1.0, 0.0, 1.0)}, "factors must be four positive numbers"),
         ({"factors": (1.0, 1.0)}, "factors must be four positive numbers"),
+        # 0 in float32.
+        ({"factors": (1e-50, 1.0, 1.0, 1.0)}, "factors must be four positive numbers"),
         ({"spread_limit": 0.0}, "spread_limit must be positive"),
     ],
 )

@@ -135,3 +135,10 @@ def test_integral_removes_the_offset():
 def test_gains_are_checked(gains, message):
     with pytest.raises(ValueError, match=message):
         PID(**gains)
+
+
+@pytest.mark.parametrize("limit", ["lower", "upper"])
+def test_a_limit_that_is_no_number_is_refused(limit):
+    law = PID(kp=1.0, ki=0.5, setpoint=1.0)
+    state = law.update(law.init(), measurement=0.0, **{limit: math.nan})
+    assert (int(state.step), int(state.non_finite)) == (0, 1)

@@ -102,3 +102,21 @@ def test_norm_equals_float64(rows: int, size: int) -> None:
     weight = torch.randn(size, generator=generator)
     exact = x.double() * weight / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt()
     torch.testing.assert_close(rms_norm(x, weight, 1e-5).double(), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_not_float32_is_refused() -> None:
+    half = torch.ones(4, 8, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"x must be float32 on a CPU, got torch\.bfloat16"):
+        rms_norm(half, torch.ones(8), 1e-5)
+    with pytest.raises(ValueError, match=r"weight must be float32 on a CPU, got torch\.bfloat16"):
+        rms_norm(half.float(), half[0], 1e-5)
+    cache, turn = torch.zeros(2, 1, 1, 3, 4), torch.ones(1, 4)
+    visible, mixed = torch.ones(1, 3, dtype=torch.bool), torch.ones(1, 12)
+    with pytest.raises(ValueError, match=r"mixed must be float32 on a CPU, got torch\.float64"):
+        attend_one(mixed.double(), turn, turn, cache, visible, scale=1.0)
+    with pytest.raises(ValueError, match="a head's cache must be in one piece, got strides"):
+        attend_one(mixed, turn, turn, cache.transpose(3, 4).contiguous().mT, visible, scale=1.0)
+
+
+def test_rows_of_no_width() -> None:
+    assert rms_norm(torch.ones(3, 0), torch.ones(0), 1e-5).shape == (3, 0)

@@ -90,9 +90,13 @@ def test_wider_vectors_of_other_processors_compute_the_same() -> None:
 @needs_compiler
 def test_errors_name_the_argument() -> None:
     packed = pack(torch.ones(3, 2))
-    for x in (torch.ones(4, 3), torch.ones(4, 2).double()):
-        with pytest.raises(ValueError, match=r"x must be float32 \[..., 2\] on a CPU, got torch"):
-            packed_linear.packed_linear(x, packed, width=3)
+    with pytest.raises(ValueError, match=r"x must be \[..., 2\] as the weight is, got \(4, 3\)"):
+        packed_linear.packed_linear(torch.ones(4, 3), packed, width=3)
+    for dtype in (torch.float64, torch.bfloat16):
+        with pytest.raises(ValueError, match=f"x must be float32 on a CPU, got {dtype}"):
+            packed_linear.packed_linear(torch.ones(4, 2, dtype=dtype), packed, width=3)
+        with pytest.raises(ValueError, match=f"weight must be float32 on a CPU, got {dtype}"):
+            pack(torch.ones(3, 2, dtype=dtype))
     with pytest.raises(ValueError, match="x must need no gradient"):
         packed_linear.packed_linear(torch.ones(4, 2, requires_grad=True), packed, width=3)
 

@@ -295,6 +295,32 @@ def test_draw_never_takes_an_impossible_token() -> None:
     assert draw(distribution, largest).tolist() == [2]
 
 
+@pytest.mark.parametrize("size", [3, 256, 300, 512, 513])
+def test_draw_has_the_frequencies_of_the_distribution(size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    distribution = (2 * torch.randn(1, size, generator=generator)).log_softmax(-1)
+    uniform = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+    drawn = draw(distribution.expand(20_000, -1), uniform)
+    found = torch.bincount(drawn, minlength=size) / 20_000
+    assert (drawn.diff() >= 0).all()
+    # One at most is missed at each of a token's two ends.
+    assert (found - distribution[0].exp()).abs().max() <= 1e-4 + 1e-6
+
+
+def test_a_row_of_nothing_is_refused() -> None:
+    distribution = torch.tensor([[0.0, -torch.inf], [-torch.inf, -torch.inf]])
+    with pytest.raises(ValueError, match=r"in rows \[1\]"):
+        draw(distribution, torch.tensor([0.5, 0.5], dtype=torch.float64))
+
+
+def test_merged_sampling_under_autocast(model) -> None:
+    sampler = Sampler(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        sampled = sample(sampler, APART, max_new_tokens=3)
+    assert sampled.tokens.shape == (len(APART), 3)
+    assert (sampled.log_prob <= 0).all()
+
+
 def test_logits_that_are_nan_are_named() -> None:
     model = models.llama()
     torch.nn.init.constant_(model.model.norm.weight, torch.nan)
