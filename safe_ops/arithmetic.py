@@ -69,6 +69,26 @@ def root(x: Number) -> Number:
     return x.sqrt() if isinstance(x, Tensor) else math.sqrt(x)
 
 
+def exponential(x: Number) -> Number:
+    """e^x; beyond about 700 a float is refused by Python, where a tensor is infinite.
+
+    Example:
+        >>> exponential(0.0), exponential(torch.tensor(0.0))
+        (1.0, tensor(1.))
+    """
+    return x.exp() if isinstance(x, Tensor) else math.exp(x)
+
+
+def logarithm(x: Number) -> Number:
+    """The natural logarithm, of what is positive.
+
+    Example:
+        >>> logarithm(1.0), logarithm(torch.tensor(1.0))
+        (0.0, tensor(0.))
+    """
+    return x.log() if isinstance(x, Tensor) else math.log(x)
+
+
 def negated(condition: bool | Tensor) -> Any:
     """``not``.
 

@@ -9,11 +9,19 @@ import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from safe_ops.arithmetic import select
-from safe_ops.controllers.advance import measurement
+from safe_ops.arithmetic import (
+    Number,
+    clamped,
+    exponential,
+    larger,
+    logarithm,
+    negated,
+    root,
+    select,
+)
+from safe_ops.controllers.advance import advance
 from safe_ops.controllers.base import settle, zero, zero_count
 from safe_ops.controllers.ema import EMA, EMAState
 
@@ -92,23 +100,26 @@ class Alarm:
             non_finite=zero_count(),
         )
 
-    def is_beyond(self, seen: Tensor) -> Tensor:
+    def is_beyond(self, seen: Number) -> bool | Tensor:
         """Whether a value is on the bad side of the limit."""
         return seen > self.limit if self.release < self.limit else seen < self.limit
 
     def update(self, state: AlarmState, *, seen: float | Tensor) -> AlarmState:
         """Take in one value."""
-        seen = measurement("seen", seen, like=state.step)
+        return advance(self.step, state, seen=seen)
+
+    def step(self, state: AlarmState, seen: Number) -> AlarmState:
+        """``update``, for a detector that holds this alarm."""
         is_calm = seen <= self.release if self.release < self.limit else seen >= self.release
-        beyond = torch.where(self.is_beyond(seen), state.beyond + 1, 0)
-        calm = torch.where(is_calm, state.calm + 1, 0)
-        rises = beyond >= torch.where(state.active > 0, self.again, self.patience)
-        active = torch.where(calm >= self.patience, 0, state.active)
+        beyond: Number = select(self.is_beyond(seen), state.beyond + 1, 0)
+        calm: Number = select(is_calm, state.calm + 1, 0)
+        rises = beyond >= select(state.active > 0, self.again, self.patience)
+        active: Number = select(calm >= self.patience, 0, state.active)
         new = state._replace(
             seen=seen,
-            active=torch.where(rises, 1, active),
-            raised=state.raised + rises.long(),
-            beyond=torch.where(rises, 0, beyond),
+            active=larger(active, rises * 1),
+            raised=state.raised + rises,
+            beyond=beyond * negated(rises),
             calm=calm,
         )
         return settle(state, new, seen)
@@ -192,19 +203,21 @@ class RewardCrash:
 
     def update(self, state: RewardCrashState, *, reward: float | Tensor) -> RewardCrashState:
         """Take in the mean reward of one rollout."""
-        reward = measurement("reward", reward, like=state.step)
+        return advance(self._step, state, reward=reward)
+
+    def _step(self, state: RewardCrashState, reward: Number) -> RewardCrashState:
         fall = state.mean.value - reward
         # What float32 cannot resolve is no deviation; a constant reward that falls is far beyond.
-        rounding = 1e-6 * (state.mean.value.abs() + reward.abs()) + 1e-30
-        deviations = (fall / (state.square.value.sqrt() + rounding)).clamp(-self.cap, self.cap)
-        judged = torch.where(state.step >= self.warm_up, deviations, 0.0)
+        rounding = 1e-6 * (abs(state.mean.value) + abs(reward)) + 1e-30
+        deviations = clamped(fall / (root(state.square.value) + rounding), -self.cap, self.cap)
+        judged = select(state.step >= self.warm_up, deviations, 0.0)
         # Bounded above, so that a reward that is back counts as back after a few updates.
         highest = self.alarm.limit + 2 * self.slack
-        score = (state.score + judged - self.slack).clamp(0.0, highest)
-        alarm = self.alarm.update(state.alarm, seen=score)
+        score = clamped(state.score + judged - self.slack, 0.0, highest)
+        alarm = self.alarm.step(state.alarm, score)
         held = (score >= self.alarm.limit / 2) & (alarm.active == 0)
-        mean = self.average.update(state.mean, value=reward)
-        square = self.average.update(state.square, value=fall.square())
+        mean = _averaged(self.average, state.mean, reward)
+        square = _averaged(self.average, state.square, fall * fall)
         # The first reward has nothing to deviate from.
         square = select(state.step > 0, square, state.square)
         new = state._replace(
@@ -270,13 +283,14 @@ class StartRatio:
 
     def update(self, state: StartRatioState, *, value: float | Tensor) -> StartRatioState:
         """Take in the value of one rollout."""
-        value = measurement("value", value, like=state.step)
+        return advance(self._step, state, value=value)
+
+    def _step(self, state: StartRatioState, value: Number) -> StartRatioState:
         count = state.step + 1
-        start = torch.where(
-            count <= self.window, state.start + (value - state.start) / count, state.start
-        )
-        seen = torch.where(count > self.window, value / start.clamp_min(1e-30), 1.0)
-        new = state._replace(alarm=self.alarm.update(state.alarm, seen=seen), start=start)
+        mean = state.start + (value - state.start) / count
+        start = select(count <= self.window, mean, state.start)
+        seen = select(count > self.window, value / larger(start, 1e-30), 1.0)
+        new = state._replace(alarm=self.alarm.step(state.alarm, seen), start=start)
         return settle(state, new, value)
 
 
@@ -321,10 +335,12 @@ class KLRunaway:
         self, state: KLRunawayState, *, kl: float | Tensor, threshold: float | Tensor
     ) -> KLRunawayState:
         """Take in the KL of one rollout and its threshold, nats per token."""
-        kl = measurement("kl", kl, like=state.step)
-        threshold = measurement("threshold", threshold, like=state.step)
-        alarm = self.alarm.update(state.alarm, seen=kl / threshold)
-        return settle(state, state._replace(alarm=alarm), kl / threshold)
+        return advance(self._step, state, kl=kl, threshold=threshold)
+
+    def _step(self, state: KLRunawayState, kl: Number, threshold: Number) -> KLRunawayState:
+        # A threshold of 0 has no multiple: refused as not finite.
+        seen = kl / select(threshold > 0, threshold, math.nan)
+        return settle(state, state._replace(alarm=self.alarm.step(state.alarm, seen)), seen)
 
 
 class LossExplosionState(NamedTuple):
@@ -362,7 +378,7 @@ class LossExplosion:
         >>> for loss in (0.1, 0.1, 0.1, 5.0):
         ...     state = law.update(state, loss=loss)
         >>> state.alarm.seen
-        tensor(50.0000)
+        tensor(50.)
     """
 
     alarm: Alarm = field(default_factory=lambda: Alarm(limit=10.0, release=3.0, patience=2))
@@ -388,22 +404,28 @@ class LossExplosion:
 
     def update(self, state: LossExplosionState, *, loss: float | Tensor) -> LossExplosionState:
         """Take in the loss of one update."""
-        loss = measurement("loss", loss, like=state.step)
-        log_loss = loss.clamp_min(1e-30).log()
-        level = torch.maximum(state.log_mean.value, state.log_highest + math.log(self.floor_share))
+        return advance(self._step, state, loss=loss)
+
+    def _step(self, state: LossExplosionState, loss: Number) -> LossExplosionState:
+        log_loss = logarithm(larger(loss, 1e-30))
+        level = larger(state.log_mean.value, state.log_highest + math.log(self.floor_share))
         # Bounded, so that the quotient of finite losses is finite.
-        seen = (log_loss - level).clamp(-80.0, 80.0).exp()
-        seen = torch.where(state.step >= self.warm_up, seen, 1.0)
-        alarm = self.alarm.update(state.alarm, seen=seen)
+        seen = exponential(clamped(log_loss - level, -80.0, 80.0))
+        seen = select(state.step >= self.warm_up, seen, 1.0)
+        alarm = self.alarm.step(state.alarm, seen)
         held = (alarm.beyond > 0) & (alarm.active == 0)
-        log_mean = select(held, state.log_mean, self.average.update(state.log_mean, value=log_loss))
-        highest = torch.maximum(log_mean.value, state.log_highest)
+        log_mean = select(held, state.log_mean, _averaged(self.average, state.log_mean, log_loss))
+        highest = larger(log_mean.value, state.log_highest)
         new = state._replace(
             alarm=alarm,
             log_mean=log_mean,
-            log_highest=torch.where(state.step == 0, log_mean.value, highest),
+            log_highest=select(state.step == 0, log_mean.value, highest),
         )
         return settle(state, new, loss)
+
+
+def _averaged(average: EMA, state: EMAState, value: Number) -> EMAState:
+    return settle(state, average.propose(state, value), value)
 
 
 def _check_grows(alarm: Alarm) -> None:
