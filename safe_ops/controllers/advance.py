@@ -122,13 +122,13 @@ def _rebuilt(state: StateT, leaves: Iterator[Any]) -> StateT:
 
 
 def _as_tensors(numbers: list[Any], like: list[Tensor]) -> Iterator[Tensor]:
-    """Numbers as tensors of float32 and int64: two for all single ones, of which each is a part."""
+    """Numbers as tensors of float32 and int64, all single ones of a dtype at once."""
     kinds = [leaf.dtype if leaf.ndim == 0 else None for leaf in like]
     parts = {}
     for dtype in {kind for kind in kinds if kind is not None}:
         of_it = [x for x, kind in zip(numbers, kinds, strict=True) if kind is dtype]
-        # Not views of one tensor to autograd: each may be written to without the others.
-        parts[dtype] = (part.data for part in _tensor(of_it, dtype).unbind())
+        # Copies: of views of one tensor none may be written to without the others.
+        parts[dtype] = iter(torch.unbind_copy(_tensor(of_it, dtype)))
     for number, kind in zip(numbers, kinds, strict=True):
         yield _tensor(number, torch.float32) if kind is None else next(parts[kind])
 
