@@ -2,7 +2,7 @@
 
 from array import array
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -127,8 +127,9 @@ def _as_tensors(numbers: list[Any], like: list[Tensor]) -> Iterator[Tensor]:
     parts = {}
     for dtype in {kind for kind in kinds if kind is not None}:
         of_it = [x for x, kind in zip(numbers, kinds, strict=True) if kind is dtype]
-        # Copies: of views of one tensor none may be written to without the others.
-        parts[dtype] = iter(torch.unbind_copy(_tensor(of_it, dtype)))
+        # Copies: of views of one tensor none may be written to without the others. (torch's stub
+        # says that there are none.)
+        parts[dtype] = iter(cast(Any, torch.unbind_copy(_tensor(of_it, dtype))))
     for number, kind in zip(numbers, kinds, strict=True):
         yield _tensor(number, torch.float32) if kind is None else next(parts[kind])
 
