@@ -60,7 +60,7 @@ def watch(folder: Path) -> None:
     end_training = Accelerator.end_training
 
     def ended(accelerator: Accelerator) -> None:
-        wrapped = sum(isinstance(held, DistributedDataParallel) for held in gc.get_objects())
+        wrapped = sum(type(held) is DistributedDataParallel for held in gc.get_objects())
         torch.save(wrapped, folder / f"rank{rank}_wrapped_at_end.pt")
         end_training(accelerator)
 
