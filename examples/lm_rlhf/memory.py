@@ -231,6 +231,8 @@ def memory(
     gathered = 2 * (d * sizes.layer_parameters + 4 * adapters // sizes.layers)
     # In float32 on a CPU the head is packed too.
     head = sizes.vocabulary * sizes.hidden if config.dtype == "float32" and not gpus else 0
+    token = 2 * sizes.layers * sizes.key_heads * sizes.head_size * d
+    cache = {"key-value cache": batch * length * token}
     held = {
         "layers": d * sizes.layers * sizes.layer_parameters // over,
         "embedding, head": d * sizes.embedding_parameters,
@@ -239,6 +241,8 @@ def memory(
         "merged copy for sampling": (
             d * (sizes.layers * sizes.layer_parameters + head) if config.merged_sampling else 0
         ),
+        # Merged sampling keeps it for the next rollout.
+        **(cache if config.merged_sampling else {}),
         "adapters": 4 * adapters // over,
         "critic and target critic": 8 * critic,
         "Adam": 8 * trained,
@@ -246,9 +250,8 @@ def memory(
         # DistributedDataParallel reduces gradients in buckets of its own.
         "gradient buckets": 4 * (critic if sharded else trained) if ranks > 1 else 0,
     }
-    cache = 2 * sizes.layers * sizes.key_heads * sizes.head_size * d
     sampling = {
-        "key-value cache": batch * length * cache,
+        **({} if config.merged_sampling else cache),
         # Logits, their float32 log-probs and probabilities.
         "logits of a step": batch * sizes.vocabulary * (d + 4 + 4),
     }

@@ -1,4 +1,4 @@
-"""Incremental forwards of Llama-like models with few operations, for sampling on a CPU."""
+"""Incremental forwards of Llama-like models with few operations and launches, for sampling."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,6 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from safe_rl.integrations.decode_kernels import attend_one, rms_norm
+from safe_rl.integrations.graphed_steps import GraphedSteps, can_record
 from safe_rl.integrations.merged_linear import MergedLinear, is_mergeable
 from safe_rl.integrations.packed_linear import can_pack
 
@@ -19,6 +20,8 @@ LLAMA_LIKE = (LlamaForCausalLM, Qwen2ForCausalLM)
 RMS_NORMS = (LlamaRMSNorm, Qwen2RMSNorm)
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
+GRAPHED_LENGTHS = 64
+"""The length of a cache that graphs read is a multiple: attention's mask needs whole vectors."""
 
 
 class _Layer(NamedTuple):
@@ -69,7 +72,9 @@ class LlamaDecoder:
     head are rows of one attention. Keys and values are written in place. Rotary angles and
     embedding are the model's own; the layers' weights are copies (425 MB for SmolLM2-135M in
     float32), brought up to date by ``refresh``. In float32 on a CPU with a C compiler the products,
-    norms and a new token's attention are C kernels, and the head is a copy too (113 MB).
+    norms and a new token's attention are C kernels, and the head is a copy too (113 MB). On a GPU
+    a step of one token is a CUDA graph over the whole cache, recorded anew when weights have moved
+    or the cache must grow.
 
     Args:
         language_model: One that ``is_llama_like`` accepts.
@@ -110,6 +115,7 @@ class LlamaDecoder:
         own_head = type(head) is nn.Linear and not can_pack(head.weight)
         self._head = head if own_head else MergedLinear([head])
         self._layers = [_fuse(layer) for layer in backbone.layers]
+        self._read: list[int] = []
 
     def refresh(self) -> None:
         """Take over the model's present weights, adapters merged."""
@@ -122,32 +128,65 @@ class LlamaDecoder:
 
     def start(self, rows: int, length: int) -> None:
         """Empty the cache; it holds ``length`` tokens in each of ``rows`` rows."""
-        mixed = self._layers[0].query_key_value
-        self._key_heads = mixed.out_features // self._head_size // (self._groups + 2)
         self._filled = 0
+        mixed = self._layers[0].query_key_value
+        graphed = can_record(mixed.weight)
+        read = self._addresses() if graphed else []
+        if graphed and read == self._read and self._has_room(rows, length):
+            # Graphs read all of it, and 0 * NaN reaches what is seen.
+            self._cache.zero_()
+            return
+        self._key_heads = mixed.out_features // self._head_size // (self._groups + 2)
         # A row of a layer is [heads, length, head size], keys and values apart.
-        self._cache = mixed.weight.new_empty(
+        length += -length % GRAPHED_LENGTHS if graphed else 0
+        self._cache = mixed.weight.new_zeros(
             len(self._layers), 2, rows, self._key_heads, length, self._head_size
         )
+        self._read, self._steps = read, GraphedSteps(self._forward, most=rows)
+
+    def _has_room(self, rows: int, length: int) -> bool:
+        return rows <= self._cache.shape[2] and length <= self._cache.shape[4]
+
+    def _addresses(self) -> list[int]:
+        """Of all that a graph reads."""
+        parts = [part for layer in self._layers for part in layer]
+        modules = [self._embed, self._norm, self._head, *parts]
+        return [
+            tensor.data_ptr()
+            for module in modules
+            if isinstance(module, nn.Module)
+            for tensor in (*module.parameters(), *module.buffers())
+        ]
 
     def extend(self, tokens: Tensor, position: Tensor, visible: Tensor) -> Tensor:
         """Read more tokens; the logits after the last, [B, V]."""
-        batch, steps = tokens.shape
-        start, end = self._filled, self._filled + steps
-        hidden = self._embed(tokens)
-        cos, sin = self._rotary(hidden, position_ids=position)
+        start, end = self._filled, visible.shape[1]
+        self._filled = end
+        place = torch.arange(start, end, device=tokens.device)
+        # Outside of graphs: some models' angles depend on the longest position of all.
+        cos, sin = self._rotary(self._embed.weight, position_ids=position)
         half = self._head_size // 2
         # rope(x) = x * cos + [-x2, x1] * sin = x * cos + [x2, x1] * [-sin, sin]
         sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)
-        attend = self._attention(cos, sin, visible, start)
-        cached = self._cache[:, :, :batch, :, :end].unbind()
+        if tokens.shape[1] > 1 or not can_record(tokens):
+            return self._forward(place, tokens, cos, sin, visible)
+        later = visible.new_zeros(len(visible), self._cache.shape[4] - end)
+        return self._steps(place, tokens, cos, sin, torch.cat([visible, later], 1))
+
+    def _forward(
+        self, place: Tensor, tokens: Tensor, cos: Tensor, sin: Tensor, visible: Tensor
+    ) -> Tensor:
+        """``extend`` at these places of the cache; ``visible`` may count later ones, False."""
+        rows, seen = visible.shape
+        hidden = self._embed(tokens)
+        attend = self._attention(place, cos, sin, visible)
+        cached = self._cache[:, :, :rows, :, :seen].unbind()
         for cache, layer in zip(cached, self._layers, strict=True):
             normed = self._normed(layer.attention_norm, hidden)
             hidden = hidden + layer.attention_out(attend(layer.query_key_value(normed), cache))
             normed = self._normed(layer.feed_forward_norm, hidden)
             gate, up = layer.gate_up(normed).chunk(2, -1)
             hidden = hidden + layer.down(layer.activation(gate) * up)
-        self._filled = end
         return self._head(self._normed(self._norm, hidden[:, -1]))
 
     @property
@@ -162,7 +201,7 @@ class LlamaDecoder:
         return norm(hidden)
 
     def _attention(
-        self, cos: Tensor, sin: Tensor, visible: Tensor, start: int
+        self, place: Tensor, cos: Tensor, sin: Tensor, visible: Tensor
     ) -> Callable[[Tensor, Tensor], Tensor]:
         """(queries, keys and values of the new tokens, a layer's cache) -> what they see."""
         batch, steps = cos.shape[:2]
@@ -171,7 +210,7 @@ class LlamaDecoder:
             return lambda mixed, cache: attend_one(
                 mixed, cos, sin, cache, visible, scale=self._scaling
             ).unsqueeze(1)
-        bias = self._attention_bias(visible, start, start + steps, cos.dtype)
+        bias = self._attention_bias(visible, place, cos.dtype)
         half = self._head_size // 2
         cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
 
@@ -183,8 +222,8 @@ class LlamaDecoder:
             swapped = torch.cat([turned[..., half:], turned[..., :half]], -1)
             turned = torch.addcmul(turned * cos, swapped, sin)
             query, key = turned.split([self._groups * self._key_heads, self._key_heads], dim=2)
-            cache[0, :, :, start:] = key.transpose(1, 2)
-            cache[1, :, :, start:] = value.transpose(1, 2)
+            cache[0].index_copy_(2, place, key.transpose(1, 2))
+            cache[1].index_copy_(2, place, value.transpose(1, 2))
             # [B, S, heads, D] -> [B, key heads, groups * S, D]
             query = query.view(batch, steps, self._key_heads, self._groups, -1)
             query = query.permute(0, 2, 3, 1, 4).flatten(2, 3)
@@ -209,12 +248,11 @@ class LlamaDecoder:
             if to != held:
                 filled[:, :, to] = filled[:, :, held]
 
-    def _attention_bias(self, visible: Tensor, start: int, end: int, dtype: torch.dtype) -> Tensor:
+    def _attention_bias(self, visible: Tensor, place: Tensor, dtype: torch.dtype) -> Tensor:
         """0 where a token may look and -inf elsewhere, [B, 1, groups * S, L]."""
-        place = torch.arange(end, device=visible.device)
-        asking = place[start:, None]
+        looked_at, asking = torch.arange(visible.shape[1], device=place.device), place[:, None]
         # Padding looks at itself: a row of -inf would be NaN, and 0 * NaN reaches other tokens.
-        allowed = (visible[:, None] & (place <= asking)) | (place == asking)
+        allowed = (visible[:, None] & (looked_at <= asking)) | (looked_at == asking)
         bias = torch.zeros(allowed.shape, dtype=dtype, device=visible.device)
         bias.masked_fill_(~allowed, -torch.inf)
         return bias.repeat(1, self._groups, 1).unsqueeze(1)

@@ -10,6 +10,7 @@ of Qwen2.5-3B with random weights, at the settings of `--config qwen2_5_3b`.
 
 import argparse
 import dataclasses
+import gc
 import statistics
 import tempfile
 import warnings
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 
 from examples.lm_rlhf.architectures import read_architecture
-from examples.lm_rlhf.config import qwen2_5_3b, smollm2_135m
+from examples.lm_rlhf.config import Config, qwen2_5_3b, smollm2_135m
 from examples.lm_rlhf.memory import memory, read_sizes
 from safe_ops import _linear_kernels
 from safe_ops._linear_kernels import Launch
@@ -190,6 +191,23 @@ def step() -> list[Table]:
     config = dataclasses.replace(
         qwen2_5_3b(), random_weights=True, system_message="Be brief.", checkpoint_every=1000
     )
+    columns = {
+        "adapters in place": update_figures(config),
+        "merged sampling": update_figures(dataclasses.replace(config, merged_sampling=True)),
+    }
+    title = (
+        f"One SAFE update of Qwen2.5-3B (random weights) on a GPU, {config.batch_size} x "
+        f"{config.max_new_tokens} tokens"
+    )
+    names = columns["merged sampling"]
+    rows = [[name, *(column[name] for column in columns.values())] for name in names]
+    return [Table(title, ["ms", *columns], rows)]
+
+
+def update_figures(config: Config) -> dict[str, str]:
+    """A run's figures, by their names."""
+    gc.collect()
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as folder:
         updates: list[Update] = []
@@ -210,19 +228,17 @@ def step() -> list[Table]:
     # Prompts are padded to whole tiles with the response.
     formulas = memory(config, sizes, prompt_width=32, gpus=1).peak / GIB
     whole = statistics.median(update["whole"] for update in updates)
-    rows = [[stage, f"{1e3 * median(updates, stage):.0f}"] for stage in STAGES]
-    rows.append(["whole", f"{1e3 * whole:.0f}"])
     ours = sum(median(updates, stage) for stage in OUR_STAGES)
-    rows.append([f"{', '.join(OUR_STAGES)}: share of the whole", f"{ours / whole:.3f}"])
     tokens = config.batch_size * config.max_new_tokens
-    rows.append(["response tokens a second", f"{tokens / whole:.0f}"])
-    rows.append(["peak of tensors, GiB", f"{peak:.2f}"])
-    rows.append(["reserved by the allocator, GiB", f"{reserved:.2f}"])
-    rows.append(["formulas, GiB", f"{formulas:.2f}"])
-    title = (
-        f"One SAFE update of Qwen2.5-3B (random weights) on a GPU, {config.batch_size} x 128 tokens"
-    )
-    return [Table(title, ["ms", "SAFE"], rows)]
+    return {
+        **{stage: f"{1e3 * median(updates, stage):.0f}" for stage in STAGES},
+        "whole": f"{1e3 * whole:.0f}",
+        f"{', '.join(OUR_STAGES)}: share of the whole": f"{ours / whole:.3f}",
+        "response tokens a second": f"{tokens / whole:.0f}",
+        "peak of tensors, GiB": f"{peak:.2f}",
+        "reserved by the allocator, GiB": f"{reserved:.2f}",
+        "formulas, GiB": f"{formulas:.2f}",
+    }
 
 
 PARTS = {

@@ -185,6 +185,12 @@ def test_merged_sampling_costs_a_copy_of_the_layers(dtype: str) -> None:
     assert bytes_each * numbers <= own <= bytes_each * numbers * (2 if more else 1)
     apart = model.memory(settings(), sizes, prompt_width=PROMPT)
     assert apart.held["merged copy for sampling"] == 0
+    # The cache stays for the next rollout.
+    with torch.no_grad():
+        decoder.start(config.batch_size, PROMPT + RESPONSE)
+    held = model.memory(config, sizes, prompt_width=PROMPT).held
+    assert held["key-value cache"] == decoder._cache.nbytes
+    assert "key-value cache" not in apart.held
 
 
 def test_the_peak_is_what_is_held_and_the_largest_of_what_passes() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from examples.lm_rlhf.config import tiny
 from examples.lm_rlhf.train import train
@@ -19,26 +20,48 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 
 @pytest.mark.parametrize("merged", [True, False])
-def test_drawn_log_probs_are_those_of_a_plain_forward(gpu: torch.device, merged: bool) -> None:
+def test_drawn_log_probs_are_those_of_a_plain_forward(
+    gpu: torch.device, merged: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record, recorded = torch.cuda.make_graphed_callables, []
+
+    def spy(step, inputs: tuple[Tensor, ...], **more):
+        recorded.append(len(inputs[1]))
+        return record(step, inputs, **more)
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", spy)
     model = models.with_lora(models.llama()).get_base_model().to(gpu)
-    prompt, mask = left_pad([[4, 5], [5, 6, 8], [9, 2, 4, 4]], width=6, pad_id=1)
-    prompt, mask = prompt.to(gpu), mask.to(gpu)
-    eos = torch.tensor([1], device=gpu)
-    sampled = Sampler(model, merged=merged).sample(
-        prompt, mask, max_new_tokens=12, temperature=0.8, eos_ids=eos, pad_id=1
-    )
-    tokens = torch.cat([prompt, sampled.tokens], 1)
-    visible = torch.cat([mask, torch.ones_like(sampled.tokens).bool()], 1)
-    with torch.no_grad():
-        logits = model(
-            input_ids=tokens,
-            attention_mask=visible.long(),
-            position_ids=(visible.cumsum(1) - 1).clamp_min(0),
-        ).logits[:, prompt.shape[1] - 1 : -1]
-    expected = (logits.float() / 0.8).log_softmax(-1)
-    expected = expected.gather(-1, sampled.tokens.unsqueeze(-1)).squeeze(-1)
-    counts = (sampled.tokens == 1).cumsum(1) - (sampled.tokens == 1).long() == 0
-    torch.testing.assert_close(sampled.log_prob[counts], expected[counts], rtol=0, atol=1e-4)
+    sampler = Sampler(model, merged=merged)
+    prompts = [[4, 5], [5, 6, 8], [9, 2, 4, 4], [3], [8, 8], [5, 2, 2]]
+    # The second time with other weights, the third with a larger cache and fewer rows.
+    for rows, new_tokens in ((6, 30), (6, 30), (4, 58)):
+        models.move_adapters(model, 0.1)
+        prompt, mask = left_pad(prompts[:rows], width=6, pad_id=1)
+        prompt, mask = prompt.to(gpu), mask.to(gpu)
+        eos = torch.tensor([1], device=gpu)
+        sampled = sampler.sample(
+            prompt, mask, max_new_tokens=new_tokens, temperature=0.8, eos_ids=eos, pad_id=1
+        )
+        expected = plain_log_prob(model, prompt, mask, sampled.tokens, temperature=0.8)
+        counts = (sampled.tokens == 1).cumsum(1) - (sampled.tokens == 1).long() == 0
+        assert counts.sum() > 3 * rows
+        torch.testing.assert_close(sampled.log_prob[counts], expected[counts], rtol=0, atol=1e-4)
+    # A graph for 6 rows at most, or for 4, 2 and 1; again where the cache has grown.
+    assert (0 < len(recorded) <= 7) if merged else not recorded
+
+
+@torch.no_grad()
+def plain_log_prob(model, prompt: Tensor, mask: Tensor, response: Tensor, *, temperature: float):
+    """By one forward."""
+    tokens = torch.cat([prompt, response], 1)
+    visible = torch.cat([mask, torch.ones_like(response).bool()], 1)
+    logits = model(
+        input_ids=tokens,
+        attention_mask=visible.long(),
+        position_ids=(visible.cumsum(1) - 1).clamp_min(0),
+    ).logits[:, prompt.shape[1] - 1 : -1]
+    found = (logits.float() / temperature).log_softmax(-1)
+    return found.gather(-1, response.unsqueeze(-1)).squeeze(-1)
 
 
 @pytest.mark.parametrize("algorithm", ["safe", "ppo"])

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from safe_rl.integrations.cached_decoding import ModelDecoder
+from safe_rl.integrations import graphed_steps, llama_decoding
+from safe_rl.integrations.cached_decoding import CachedDecoder, ModelDecoder
 from safe_rl.integrations.llama_decoding import LlamaDecoder, is_llama_like
 from tests.safe_rl.integrations import models
 
@@ -102,3 +104,92 @@ def test_rows_that_are_kept_go_on_as_before(kept: list[int]) -> None:
             new = torch.tensor([[1], [2], [3], [4]])[rows]
             logits.append(decoder.extend(new, torch.full((len(rows), 1), 2), visible[rows]))
     torch.testing.assert_close(logits[1], logits[0][kept], rtol=1e-5, atol=1e-5)
+
+
+class Replayed:
+    """What a CUDA graph promises, without a GPU: inputs and results in memory of its own.
+
+    ``tests/gpu`` has the graphs themselves.
+    """
+
+    made = 0
+
+    def __init__(self, step, inputs: tuple[Tensor, ...], pool: object) -> None:
+        type(self).made += 1
+        self.step, self.inputs = step, inputs
+        self.result = step(*inputs).clone()
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        for own, given in zip(self.inputs, inputs, strict=True):
+            assert own.shape == given.shape
+            own.copy_(given)
+        return self.result.copy_(self.step(*self.inputs))
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> type[Replayed]:
+    monkeypatch.setattr(Replayed, "made", 0)
+    for module in (llama_decoding, graphed_steps):
+        monkeypatch.setattr(module, "can_record", lambda x: not torch.is_grad_enabled())
+    monkeypatch.setattr(LlamaDecoder, "_has_kernels", False)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", Replayed)
+    return Replayed
+
+
+def responses(decoder: CachedDecoder, prompt: Tensor, steps: int) -> list[Tensor]:
+    """Logits of each step; a row ends at every other one."""
+    rows, length = prompt.shape
+    decoder.start(rows, length + steps)
+    visible = torch.ones(rows, length + steps, dtype=torch.bool)
+    visible[0, 0] = False
+    position = (visible.cumsum(1) - 1).clamp_min(0)
+    found = [decoder.extend(prompt, position[:, :length], visible[:, :length])]
+    for step in range(length, length + steps):
+        if step % 2 and len(visible) > 1:
+            left = torch.arange(1, len(visible))
+            decoder.keep(left)
+            visible, position = visible[left], position[left]
+        tokens = found[-1][-len(visible) :].argmax(1, keepdim=True)
+        found.append(decoder.extend(tokens, position[:, [step]], visible[:, : step + 1]))
+    return found
+
+
+@torch.no_grad()
+def test_steps_as_graphs_give_the_models_own_logits(graphs: type[Replayed]) -> None:
+    model = models.with_lora(models.qwen2()).get_base_model()
+    lean, own = LlamaDecoder(model), ModelDecoder(model)
+    prompts = torch.tensor([[1, 4, 5], [3, 9, 2], [7, 7, 1], [2, 2, 6], [8, 0, 4], [6, 5, 3]])
+
+    def compare(rows: int, steps: int) -> int:
+        """How many graphs it takes."""
+        before = graphs.made
+        models.move_adapters(model, 0.1)
+        lean.refresh()
+        pairs = zip(*(responses(d, prompts[:rows], steps) for d in (lean, own)), strict=True)
+        for got, expected in pairs:
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+        return graphs.made - before
+
+    assert compare(6, 8) == 3  # of 6, 4 and 2 rows
+    assert compare(3, 2) == compare(6, 7) == 0
+    assert compare(3, 4) == 1  # of 1 row
+    # A longer text needs a larger cache.
+    assert compare(2, 65) == 1
+    # A weight that moves is read where it is.
+    model.base_model.norm.weight.data = model.base_model.norm.weight.data * 2
+    assert compare(2, 3) == 1
+
+
+@torch.no_grad()
+def test_what_a_diverged_model_left_in_the_cache_is_not_seen(graphs: type[Replayed]) -> None:
+    model = models.llama()
+    decoder = LlamaDecoder(model)
+    decoder.refresh()
+    prompt = torch.tensor([[2, 3, 4], [5, 6, 8]])
+    expected = responses(decoder, prompt, 3)
+    model.base_model.layers[0].input_layernorm.weight.fill_(torch.nan)
+    assert responses(decoder, prompt, 8)[-1].isnan().all()
+    model.load_state_dict(models.llama().state_dict())
+    for got, before in zip(responses(decoder, prompt, 3), expected, strict=True):
+        assert torch.equal(got, before)
