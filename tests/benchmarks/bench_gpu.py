@@ -230,7 +230,7 @@ def update_figures(config: Config) -> dict[str, str]:
     whole = statistics.median(update["whole"] for update in updates)
     ours = sum(median(updates, stage) for stage in OUR_STAGES)
     tokens = config.batch_size * config.max_new_tokens
-    return {
+    found = {
         **{stage: f"{1e3 * median(updates, stage):.0f}" for stage in STAGES},
         "whole": f"{1e3 * whole:.0f}",
         f"{', '.join(OUR_STAGES)}: share of the whole": f"{ours / whole:.3f}",
@@ -239,6 +239,8 @@ def update_figures(config: Config) -> dict[str, str]:
         "reserved by the allocator, GiB": f"{reserved:.2f}",
         "formulas, GiB": f"{formulas:.2f}",
     }
+    print(found, flush=True)
+    return found
 
 
 PARTS = {
