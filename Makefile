@@ -59,7 +59,7 @@ bench: .venv-bench/.installed $(BENCHES:%=runs/bench/%.json)
 	.venv-bench/bin/python -m tests.benchmarks.page runs/bench docs/benchmarks.md
 
 # On a GPU: every part that has no results yet.
-GPU_BENCHES := kernels gae laws head sampling step
+GPU_BENCHES := kernels gae laws head sampling step merged_step
 bench-gpu: gpu .venv-bench/.installed
 	.venv-bench/bin/pip uninstall --quiet --yes triton
 	$(MAKE) $(GPU_BENCHES:%=runs/bench/gpu_%.json)

@@ -10,7 +10,6 @@ of Qwen2.5-3B with random weights, at the settings of `--config qwen2_5_3b`.
 
 import argparse
 import dataclasses
-import gc
 import statistics
 import tempfile
 import warnings
@@ -186,28 +185,23 @@ def sampling() -> list[Table]:
     return [Table("Sampling on a GPU, SmolLM2-135M with LoRA, bfloat16", columns, rows)]
 
 
-def step() -> list[Table]:
+def step(*, merged: bool = False) -> list[Table]:
     """Whole SAFE updates at 3B: stages, throughput, peak, and the share that is ours."""
     config = dataclasses.replace(
-        qwen2_5_3b(), random_weights=True, system_message="Be brief.", checkpoint_every=1000
+        qwen2_5_3b(),
+        random_weights=True,
+        system_message="Be brief.",
+        checkpoint_every=1000,
+        merged_sampling=merged,
     )
-    columns = {
-        "adapters in place": update_figures(config),
-        "merged sampling": update_figures(dataclasses.replace(config, merged_sampling=True)),
-    }
-    title = (
-        f"One SAFE update of Qwen2.5-3B (random weights) on a GPU, {config.batch_size} x "
-        f"{config.max_new_tokens} tokens"
-    )
-    names = columns["merged sampling"]
-    rows = [[name, *(column[name] for column in columns.values())] for name in names]
-    return [Table(title, ["ms", *columns], rows)]
+    sizes = f"{config.batch_size} x {config.max_new_tokens} tokens"
+    how = "merged sampling" if merged else "adapters in place"
+    title = f"One SAFE update of Qwen2.5-3B (random weights) on a GPU, {sizes}, {how}"
+    return [Table(title, ["ms", "SAFE"], [[*row] for row in update_figures(config).items()])]
 
 
 def update_figures(config: Config) -> dict[str, str]:
     """A run's figures, by their names."""
-    gc.collect()
-    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as folder:
         updates: list[Update] = []
@@ -230,7 +224,7 @@ def update_figures(config: Config) -> dict[str, str]:
     whole = statistics.median(update["whole"] for update in updates)
     ours = sum(median(updates, stage) for stage in OUR_STAGES)
     tokens = config.batch_size * config.max_new_tokens
-    found = {
+    return {
         **{stage: f"{1e3 * median(updates, stage):.0f}" for stage in STAGES},
         "whole": f"{1e3 * whole:.0f}",
         f"{', '.join(OUR_STAGES)}: share of the whole": f"{ours / whole:.3f}",
@@ -239,8 +233,6 @@ def update_figures(config: Config) -> dict[str, str]:
         "reserved by the allocator, GiB": f"{reserved:.2f}",
         "formulas, GiB": f"{formulas:.2f}",
     }
-    print(found, flush=True)
-    return found
 
 
 PARTS = {
@@ -250,6 +242,7 @@ PARTS = {
     "laws": laws,
     "sampling": sampling,
     "step": step,
+    "merged_step": partial(step, merged=True),
 }
 
 
