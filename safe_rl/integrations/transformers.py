@@ -52,10 +52,11 @@ class Sampler:
 
     The model's published generation settings (top-k, top-p, penalties) are not used: a policy
     gradient needs tokens drawn from the distribution whose log-probs are re-scored. Rows that have
-    ended are computed no further, and a start that all prompts share is read once. LoRA adapters
-    are merged into weights of the sampler's own, at each call; the model's weights are not written.
+    ended are computed no further (in graphs on a GPU, but for those that fill up a power of two),
+    and a start that all prompts share is read once. LoRA adapters are merged into weights of the
+    sampler's own, at each call; the model's weights are not written.
 
-    Llama and Qwen2 models run through ``LlamaDecoder``, all others through their own forward. Where
+    Merged Llama and Qwen2 models run through ``LlamaDecoder``, all others through their own forward. Where
     FSDP2 has sharded the model, all ranks sample together, each its own rows, adapters in place; a
     rank whose responses have ended goes on until those of all have.
 
