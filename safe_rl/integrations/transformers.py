@@ -56,9 +56,9 @@ class Sampler:
     and a start that all prompts share is read once. LoRA adapters are merged into weights of the
     sampler's own, at each call; the model's weights are not written.
 
-    Merged Llama and Qwen2 models run through ``LlamaDecoder``, all others through their own forward. Where
-    FSDP2 has sharded the model, all ranks sample together, each its own rows, adapters in place; a
-    rank whose responses have ended goes on until those of all have.
+    Merged Llama and Qwen2 models run through ``LlamaDecoder``, all others through their own
+    forward. Where FSDP2 has sharded the model, all ranks sample together, each its own rows,
+    adapters in place; a rank whose responses have ended goes on until those of all have.
 
     Args:
         language_model: In evaluation mode; it takes ``position_ids``. With peft, the model inside
