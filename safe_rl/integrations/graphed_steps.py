@@ -9,13 +9,16 @@ from torch.nn import functional as F
 
 
 def can_record(x: Tensor) -> bool:
-    """Whether a step on this tensor can be a graph: on a GPU, where no gradient is recorded.
+    """Whether a step on this tensor can be a graph.
+
+    On a GPU, where no gradient is recorded, and not under autocast, whose cached weights a graph
+    would go on reading.
 
     Example:
         >>> can_record(torch.ones(1))
         False
     """
-    return x.is_cuda and not torch.is_grad_enabled()
+    return x.is_cuda and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cuda")
 
 
 class GraphedSteps:

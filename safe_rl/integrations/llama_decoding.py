@@ -132,7 +132,7 @@ class LlamaDecoder:
         mixed = self._layers[0].query_key_value
         graphed = can_record(mixed.weight)
         read = self._addresses() if graphed else []
-        if graphed and read == self._read and self._has_room(rows, length):
+        if graphed and read == self._read and self._can_go_on(rows, length):
             # Graphs read all of it, and 0 * NaN reaches what is seen.
             self._cache.zero_()
             return
@@ -144,8 +144,10 @@ class LlamaDecoder:
         )
         self._read, self._steps = read, GraphedSteps(self._forward, most=rows)
 
-    def _has_room(self, rows: int, length: int) -> bool:
-        return rows <= self._cache.shape[2] and length <= self._cache.shape[4]
+    def _can_go_on(self, rows: int, length: int) -> bool:
+        """Whether the cache has room, and may be written here."""
+        writable = self._cache.is_inference() == torch.is_inference_mode_enabled()
+        return writable and rows <= self._cache.shape[2] and length <= self._cache.shape[4]
 
     def _addresses(self) -> list[int]:
         """Of all that a graph reads."""

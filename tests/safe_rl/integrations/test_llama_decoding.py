@@ -193,3 +193,19 @@ def test_what_a_diverged_model_left_in_the_cache_is_not_seen(graphs: type[Replay
     model.load_state_dict(models.llama().state_dict())
     for got, before in zip(responses(decoder, prompt, 3), expected, strict=True):
         assert torch.equal(got, before)
+
+
+def test_graphs_of_inference_mode_are_not_used_outside_of_it(graphs: type[Replayed]) -> None:
+    decoder = LlamaDecoder(models.llama())
+    decoder.refresh()
+    prompt = torch.tensor([[2, 3, 4], [5, 6, 8]])
+    with torch.inference_mode():
+        expected = responses(decoder, prompt, 3)
+    with torch.no_grad():
+        found = responses(decoder, prompt, 3)
+        made = graphs.made
+        again = responses(decoder, prompt, 3)
+    assert graphs.made == made
+    for a, b, c in zip(expected, found, again, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
