@@ -10,8 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from safe_ops.compilation import compiled_body
-
 
 class Room(NamedTuple):
     """How much is worked on at a time. Constants, so that a token's sums are always taken in the
@@ -247,41 +245,6 @@ def write_product(target: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
         torch.mm(a.to(b.dtype), b, out=target)
     else:
         target.copy_(torch.mm(a.to(b.dtype), b))
-
-
-@compiled_body
-def absorb_block(
-    z: Tensor, inverse_temperature: Tensor, shift: Tensor, total: Tensor, weighted: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One step of the online sums over a row: m = max x, s = sum e^(x-m), u = sum e^(x-m) (x-m)."""
-    x = z.to(shift.dtype) * inverse_temperature
-    never = -200.0 if shift.dtype == torch.float32 else -1000.0
-    higher = torch.maximum(shift, x.amax(1))
-    below = (x - higher.unsqueeze(1)).clamp_min(never)
-    e = below.exp()
-    moved = (shift - higher).clamp_min(never)
-    scale = moved.exp()
-    return (
-        higher,
-        total * scale + e.sum(1),
-        (weighted + total * moved) * scale + (e * below).sum(1),
-    )
-
-
-@compiled_body
-def turn_into_slopes(
-    z: Tensor,
-    inverse_temperature: Tensor,
-    shift: Tensor,
-    log_total: Tensor,
-    constant: Tensor,
-    slope: Tensor,
-) -> None:
-    """z becomes p (constant + slope log p), in place."""
-    x = z.to(shift.dtype) * inverse_temperature
-    never = -200.0 if shift.dtype == torch.float32 else -1000.0
-    log_p = (x - shift.unsqueeze(1)).clamp_min(never) - log_total.unsqueeze(1)
-    z.copy_(log_p.exp() * (constant.unsqueeze(1) + slope.unsqueeze(1) * log_p))
 
 
 def number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from safe_ops import _linear_blocks as blocks
+from safe_ops._linear_rows import absorb, turn_into_slopes
 from safe_ops.compilation import has_kernels
 
 
@@ -41,13 +42,12 @@ def sum_rows(
         from safe_ops._linear_kernels import row_sums
 
         return row_sums(states, weight, bias, tokens, scale)
-    sums = blocks.sum_start(states, scale.dtype)
+    sums: Sequence[Tensor] = blocks.sum_start(states, scale.dtype)
     logit = torch.zeros_like(sums[0])
     for tile, part in tiles:
         entries = weight[part].to(states.dtype)
         z = tile.logits(states, entries, None if bias is None else bias[part])
-        sums = blocks.absorb_block(z, scale, *sums)
-        logit = _read_chosen(z, tokens, part, scale, logit)
+        sums, logit = absorb(z, scale, sums, tokens, part.start, logit)
     return sums, logit
 
 
@@ -77,28 +77,8 @@ def block_slopes(
         z = tile.room_for(states, entries, tile.logits_dtype)
     else:
         z = tile.logits(states, entries, bias)
-    blocks.turn_into_slopes(z, scale, *rows[:-1])
-    _write_chosen(z, tokens, part, rows.at_token)
+    turn_into_slopes(z, scale, tokens, part.start, rows)
     return z
-
-
-def _place(tokens: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-    """Whether each token lies in the block, and its column there (a valid one in any case)."""
-    inside = (tokens >= part.start) & (tokens < part.stop)
-    return inside, (tokens - part.start).clamp(0, part.stop - part.start - 1).unsqueeze(1)
-
-
-def _read_chosen(z: Tensor, tokens: Tensor, part: slice, scale: Tensor, known: Tensor) -> Tensor:
-    """The chosen token's logit over the temperature, where it lies in this block."""
-    inside, column = _place(tokens, part)
-    return torch.where(inside, z.gather(1, column).squeeze(1).to(known.dtype) * scale, known)
-
-
-def _write_chosen(z: Tensor, tokens: Tensor, part: slice, value: Tensor) -> None:
-    """Set the chosen token's entry, where it lies in this block."""
-    inside, column = _place(tokens, part)
-    there = torch.where(inside, value.to(z.dtype), z.gather(1, column).squeeze(1))
-    z.scatter_(1, column, there.unsqueeze(1))
 
 
 def finish(sums: Sequence[Tensor], chosen_logit: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,10 +1,15 @@
-"""The one place that chooses a ``torch.compile`` backend."""
+"""The one place that chooses a ``torch.compile`` backend, or calls a C compiler."""
 
+import ctypes
 import functools
 import importlib.util
 import os
+import shlex
 import shutil
-from collections.abc import Callable
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
@@ -149,6 +154,32 @@ def compiled_body(body: Callable[P, R]) -> Callable[P, R]:
         return by_backend[backend](*args, **kwargs)
 
     return run
+
+
+def c_library(*sources: Path, options: Sequence[str] = ()) -> ctypes.CDLL | None:
+    """C compiled for this processor, with OpenMP; ``CC`` names the compiler.
+
+    Args:
+        sources: Files of C.
+        options: More of the compiler's.
+
+    Returns:
+        Its functions; None where there is no C compiler, or not one for this processor.
+
+    Example:
+        >>> c_library(Path("no_such_file.c")) is None
+        True
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "library.so"
+        command = shlex.split(os.environ.get("CC", "cc"))
+        command += ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", *options]
+        command += [*map(str, sources), "-lm", "-o", str(library)]
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+            return ctypes.CDLL(str(library))
+        except (OSError, subprocess.CalledProcessError):
+            return None
 
 
 def _check_registered(backend: str) -> None:

@@ -1,9 +1,12 @@
 """Exact divergence from the reference from hidden states and heads; no logits in memory."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from safe_ops import _linear_blocks as blocks
+from safe_ops._linear_rows import absorb_pair, turn_pair_into_slopes
 
 
 def linear_kl(
@@ -81,63 +84,6 @@ def linear_kl(
     return kl.reshape(hidden.shape[:-1])
 
 
-@blocks.compiled_body
-def _absorb_pair(
-    z: Tensor,
-    ref_z: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    total: Tensor,
-    weighted: Tensor,
-    ref_shift: Tensor,
-    ref_total: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One step of m, s, m', s' as for one row, and of u = sum e^(x-m) ((x - m) - (x' - m'))."""
-    x, ref_x = z.to(shift.dtype) * scale, ref_z.to(shift.dtype) * scale
-    never = -200.0 if shift.dtype == torch.float32 else -1000.0
-    higher = torch.maximum(shift, x.amax(1))
-    ref_higher = torch.maximum(ref_shift, ref_x.amax(1))
-    below = (x - higher.unsqueeze(1)).clamp_min(never)
-    ref_below = ref_x - ref_higher.unsqueeze(1)
-    e = below.exp()
-    # A token that only the reference bans makes u infinite; one that both ban adds nothing.
-    gap = torch.where(e > 0, e * (below - ref_below), 0.0)
-    moved, ref_moved = shift - higher, ref_shift - ref_higher
-    factor = moved.clamp_min(never).exp()
-    carried = (weighted + total * (moved - ref_moved)) * factor
-    return (
-        higher,
-        total * factor + e.sum(1),
-        torch.where((total > 0) & (factor > 0), carried, 0.0) + gap.sum(1),
-        ref_higher,
-        ref_total * ref_moved.clamp_min(never).exp() + ref_below.clamp_min(never).exp().sum(1),
-    )
-
-
-@blocks.compiled_body
-def _turn_pair_into_slopes(
-    z: Tensor,
-    ref_z: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    log_total: Tensor,
-    ref_shift: Tensor,
-    ref_log_total: Tensor,
-    kl: Tensor,
-    grad: Tensor,
-    ref_needed: bool,
-) -> None:
-    """z becomes grad p (log p - log q - kl) and ref_z grad (q - p), in place."""
-    never = -200.0 if shift.dtype == torch.float32 else -1000.0
-    x, ref_x = z.to(shift.dtype) * scale, ref_z.to(shift.dtype) * scale
-    log_p = (x - shift.unsqueeze(1)).clamp_min(never) - log_total.unsqueeze(1)
-    log_q = (ref_x - ref_shift.unsqueeze(1)).clamp_min(never) - ref_log_total.unsqueeze(1)
-    p = log_p.exp()
-    z.copy_(grad.unsqueeze(1) * p * (log_p - log_q - kl.unsqueeze(1)))
-    if ref_needed:
-        ref_z.copy_(grad.unsqueeze(1) * (log_q.exp() - p))
-
-
 @torch.library.custom_op("safe_ops::linear_kl", mutates_args=())
 def _forward(
     hidden: Tensor,
@@ -160,12 +106,14 @@ def _forward(
         )
         states = chunk.take(hidden, tiles[0].dtype)
         ref_states = chunk.take(ref_hidden, tiles[1].dtype)
-        sums = blocks.sum_start(states, dtype)
-        sums += [sums[0], sums[1]]
+        sums: Sequence[Tensor] = [
+            *blocks.sum_start(states, dtype),
+            *blocks.sum_start(states, dtype)[:2],
+        ]
         for part in blocks.vocabulary_blocks(weight, block_size):
             z = tiles[0].logits(states, weight[part].to(tiles[0].dtype), None)
             ref_z = tiles[1].logits(ref_states, ref_weight[part].to(tiles[1].dtype), None)
-            sums = _absorb_pair(z, ref_z, scale, *sums)
+            sums = absorb_pair(z, ref_z, scale, sums)
         highest, total, weighted, ref_highest, ref_total = sums
         log_total, ref_log_total = total.log(), ref_total.log()
         found = (weighted / total - log_total + ref_log_total, highest, log_total,
@@ -225,21 +173,11 @@ def _backward(
             chunk.sum_into(target, dtype) if need else None
             for target, need in zip(grads[::2], needed[::2], strict=True)
         ]
+        of_rows = shift, log_total, ref_shift, ref_log_total, kl, g * scale
         for part in blocks.vocabulary_blocks(weight, block_size):
             rows = (weight[part].to(tiles[0].dtype), ref_weight[part].to(tiles[1].dtype))
             z, ref_z = (tiles[i].logits(states[i], rows[i], None) for i in (0, 1))
-            _turn_pair_into_slopes(
-                z,
-                ref_z,
-                scale,
-                shift,
-                log_total,
-                ref_shift,
-                ref_log_total,
-                kl,
-                g * scale,
-                needed[2] or needed[3],
-            )
+            turn_pair_into_slopes(z, ref_z, scale, of_rows, ref_needed=needed[2] or needed[3])
             for i in (0, 1):
                 if not any(needed[2 * i : 2 * i + 2]):
                     continue

@@ -2,14 +2,12 @@
 
 import ctypes
 import functools
-import os
-import shlex
-import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from safe_ops.compilation import c_library
 
 SOURCES = [
     Path(__file__).with_name(name) for name in ("packed_linear.c", "attend_one.c", "rms_norm.c")
@@ -41,16 +39,9 @@ def compiled(*options: str) -> ctypes.CDLL | None:
     Args:
         options: More of the compiler's.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "kernels.so"
-        command = shlex.split(os.environ.get("CC", "cc"))
-        command += ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", *options]
-        command += [*map(str, SOURCES), "-lm", "-o", str(library)]
-        try:
-            subprocess.run(command, check=True, capture_output=True)
-            kernels = ctypes.CDLL(str(library))
-        except (OSError, subprocess.CalledProcessError):
-            return None
+    kernels = c_library(*SOURCES, options=options)
+    if kernels is None:
+        return None
     pointer, number, threads = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
     kernels.columns.restype = number
     kernels.pack.argtypes = [pointer, number, number, pointer, threads]

@@ -13,7 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from safe_ops import TokenLogProbs, linear_log_probs, set_compile_backend, token_log_probs
+from safe_ops import (
+    TokenLogProbs,
+    _linear_rows,
+    linear_log_probs,
+    set_compile_backend,
+    token_log_probs,
+)
 from safe_ops import _linear_blocks as blocks
 from tests.strategies import PROPERTY, bool_tensors, log_uniform, tensors
 
@@ -223,9 +229,10 @@ def test_many_chunks_need_no_graph_that_one_does_not(monkeypatch: pytest.MonkeyP
         graphs.append(graph)
         return graph.forward
 
-    for name in ("absorb_block", "turn_into_slopes"):
-        body = torch.compile(getattr(blocks, name).__wrapped__, backend=count, dynamic=True)
-        monkeypatch.setattr(blocks, name, body)
+    monkeypatch.setattr(_linear_rows, "_kernels", lambda *_: None)
+    for name in ("absorb_block", "slopes_of_block"):
+        body = torch.compile(getattr(_linear_rows, name).__wrapped__, backend=count, dynamic=True)
+        monkeypatch.setattr(_linear_rows, name, body)
     monkeypatch.setattr(blocks, "CPU_ROOM", blocks.CPU_ROOM._replace(tile_bytes=64 * 4 * 48))
     found = []
     for N in (64, 128, 256):
