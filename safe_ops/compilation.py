@@ -14,6 +14,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 
 F = TypeVar("F", bound=Callable[..., Any])
 P = ParamSpec("P")
@@ -79,6 +80,18 @@ def has_kernels(x: Tensor) -> bool:
     """
     on_gpu = x.is_cuda and torch.version.cuda is not None
     return on_gpu and _has_triton() and compile_backend() == "inductor"
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether the tensors' numbers may be read where they lie: on a CPU, neither traced nor mapped.
+
+    Example:
+        >>> is_plain(torch.ones(1)), is_plain(torch.ones(1, device="meta"))
+        (True, False)
+    """
+    if torch.compiler.is_compiling() or peek_interpreter_stack() is not None:
+        return False
+    return all(type(x) is Tensor and x.is_cpu for x in tensors)
 
 
 def compile_backend() -> str | None:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from safe_ops import _gae_rows
 from safe_ops.compilation import has_kernels
 
 
@@ -36,10 +37,12 @@ def generalized_advantage_estimate(
     V_{t+1} is the value at the next step that counts: masked steps are stepped over, whatever
     stands in them. After the last step that counts V is ``bootstrap_value``, A is 0. With
     lambda 0 this is the one-step error, with lambda 1 the discounted return minus V. A value or
-    reward that counts and is not finite spoils its row up to its step.
+    reward that counts and is not finite spoils the steps before it that it reaches; computed in
+    blocks, all steps of its row before it.
 
-    A linear recurrence, computed in blocks, so that few operations depend on T; one graph for all
-    sizes. ``tests/benchmarks/bench_gae.py`` compares it with loops.
+    A linear recurrence: on a CPU with a C compiler one pass in C, else computed in blocks, so that
+    few operations depend on T; one graph for all sizes. ``tests/benchmarks/bench_gae.py`` compares
+    it with loops.
 
     Args:
         reward: [B, T].
@@ -74,6 +77,11 @@ def generalized_advantage_estimate(
     _check(reward, value, mask, terminated, truncated, bootstrap_value, next_value)
     batch, steps = reward.shape
     arguments: list[Any] = [reward, value, mask, terminated, truncated, bootstrap_value, next_value]
+    if _gae_rows.can_estimate(
+        *arguments, *(x for x in (discount, gae_lambda) if isinstance(x, Tensor))
+    ):
+        arguments += [discount, gae_lambda]
+        return _estimate_in_c(*arguments)
     for x in (discount, gae_lambda):
         arguments.append(x.detach().expand(batch, steps) if isinstance(x, Tensor) and x.ndim else x)
     # A graph must not depend on the number of rows, and a GPU wants all of them at once.
@@ -86,6 +94,39 @@ def generalized_advantage_estimate(
         for i in range(0, batch, rows)
     ]
     return AdvantageEstimate(*[torch.cat(part) for part in zip(*parts, strict=True)])
+
+
+def _estimate_in_c(
+    reward: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    terminated: Tensor,
+    truncated: Tensor | None,
+    bootstrap_value: Tensor | None,
+    next_value: Tensor | None,
+    discount: float | Tensor,
+    gae_lambda: float | Tensor,
+) -> AdvantageEstimate:
+    dtype, work = _dtypes(reward, value)
+    reward, value = reward.detach().to(work), value.detach().to(work)
+    advantage, value_target = _gae_rows.estimate(
+        reward,
+        value,
+        mask,
+        terminated,
+        truncated,
+        None if bootstrap_value is None else bootstrap_value.detach().to(work),
+        None if next_value is None else next_value.detach().to(work),
+        _number(discount, value),
+        _number(gae_lambda, value),
+    )
+    return AdvantageEstimate(advantage.to(dtype), value_target.to(dtype))
+
+
+def _dtypes(reward: Tensor, value: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """Of the results and of the arithmetic."""
+    dtype = torch.promote_types(reward.dtype, value.dtype)
+    return dtype, torch.promote_types(dtype, torch.float32)
 
 
 CACHED = 1 << 18
@@ -105,8 +146,7 @@ def _estimate(
     discount: float | Tensor,
     gae_lambda: float | Tensor,
 ) -> AdvantageEstimate:
-    dtype = torch.promote_types(reward.dtype, value.dtype)
-    work = torch.promote_types(dtype, torch.float32)
+    dtype, work = _dtypes(reward, value)
     reward, value = reward.detach().to(work), value.detach().to(work)
     discount = _number(discount, value)
     one_lambda = not isinstance(gae_lambda, Tensor) or gae_lambda.ndim == 0
@@ -146,7 +186,7 @@ def _estimate(
 
 def _number(x: float | Tensor, like: Tensor) -> Tensor:
     """As a tensor. A float is written on the device: a copy from the host would be waited for."""
-    return x.to(like) if isinstance(x, Tensor) else like.new_full((), x)
+    return x.detach().to(like) if isinstance(x, Tensor) else like.new_full((), x)
 
 
 # ``torch.where`` takes a bool, which torch does not vectorise on a CPU: 44 us for 64 x 1024 floats

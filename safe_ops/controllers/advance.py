@@ -6,7 +6,8 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack
+
+from safe_ops.compilation import is_plain
 
 StateT = TypeVar("StateT", bound=tuple)
 
@@ -99,12 +100,8 @@ def _check(name: str, value: object) -> None:
 
 
 def _may_be_read(leaves: list[Tensor], measurements: list[float | Tensor]) -> bool:
-    if torch.compiler.is_compiling() or peek_interpreter_stack() is not None:
-        return False
     given = [value for value in measurements if isinstance(value, Tensor)]
-    if any(x.dtype not in CODES for x in leaves):
-        return False
-    return all(type(x) is Tensor and x.is_cpu for x in [*leaves, *given])
+    return is_plain(*leaves, *given) and all(x.dtype in CODES for x in leaves)
 
 
 def _leaves(state: tuple) -> Iterator[Any]:

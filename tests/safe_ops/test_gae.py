@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from safe_ops import gae, generalized_advantage_estimate
+from safe_ops import gae, generalized_advantage_estimate, set_compile_backend
+from safe_ops._gae_rows import can_estimate
 from safe_ops.gae import BLOCK
 from tests.reference.gae_loop import gae_loop
 from tests.strategies import PROPERTY, bool_tensors, tensors
@@ -18,6 +19,14 @@ EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
 grids, flags, rows = tensors(B, T), bool_tensors(B, T), tensors(B)
 units = st.floats(0.0, 1.0)
+
+
+@pytest.fixture(autouse=True, params=["torch", "C"])
+def way(request: pytest.FixtureRequest, eager_bodies: None) -> None:
+    """With torch's operations, and in C."""
+    if request.param == "C":
+        set_compile_backend("inductor")
+        assert can_estimate(torch.ones(1))
 
 
 def no_flags(*shape: int) -> Tensor:
