@@ -200,7 +200,8 @@ def test_the_ratio_is_exactly_one_over_minibatch_size_and_order(network, size, o
     pieces = pieces_of(network, rollout(prompt_width=8, width=8), order, size)
     ratio = (pieces["log_prob"] - whole["log_prob"]).exp()
     assert (ratio == 1).all()
-    assert (pieces["state_values"] == whole["state_values"]).all()
+    # The critic reads one place more of each response: no whole tiles, which some CPUs round apart.
+    assert_close(pieces["state_values"], whole["state_values"], rtol=0, atol=1e-6)
 
 
 @torch.no_grad()

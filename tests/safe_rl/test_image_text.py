@@ -146,7 +146,8 @@ def test_one_whole_update(policy):
         optimizer.zero_grad()
         total_loss(losses).backward()
         optimizer.step()
-    assert ratios[0] == 1
+    # Five places an image: two are no whole tiles of a product, which some CPUs round apart.
+    assert ratios[0].item() == pytest.approx(1, abs=1e-5)
     assert all((p != b).any() for p, b in zip(trained, before, strict=True))
     after = network(batch.copy()).detach()
     assert after["log_prob"].isfinite().all()
