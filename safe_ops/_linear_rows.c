@@ -38,6 +38,10 @@ static inline V max_of(V a, V b) {
 typedef int32_t I __attribute__((vector_size(BYTES)));
 enum { LANES = BYTES / 4 };
 
+/* Numbers that are fetched before they are read: processors do not look beyond a page by themselves,
+   and kept logits have left the cache. */
+enum { AHEAD = 1024 };
+
 /* Stands for log 0 of a banned token, since 0 * -inf is nan. */
 #define NEVER -200.0f
 
@@ -97,7 +101,10 @@ static float highest_of(const float *z, long columns) {
   for (int i = 0; i < 4; i++) best[i] = all(-INFINITY);
   long j = 0;
   for (; j + 4 * LANES <= columns; j += 4 * LANES)
-    for (int i = 0; i < 4; i++) best[i] = max_of(load(z + j + i * LANES, LANES), best[i]);
+    for (int i = 0; i < 4; i++) {
+      __builtin_prefetch(z + j + i * LANES + AHEAD);
+      best[i] = max_of(load(z + j + i * LANES, LANES), best[i]);
+    }
   for (; j < columns; j += LANES) best[0] = max_of(load(z + j, columns - j), best[0]);
   V all_of = max_of(max_of(best[0], best[1]), max_of(best[2], best[3]));
   float found = all_of[0];
@@ -143,6 +150,7 @@ void rows_to_slopes(long rows, long columns, long stride, float scale, int threa
     V first = all(constant[i]), by = all(slope[i]);
     float highest = shift[i], rest = log_total[i];
     for (long j = 0; j < columns; j += LANES) {
+      __builtin_prefetch(row + j + AHEAD, 1);
       V below = load(row + j, columns - j) * scale - highest;
       V log_p = max_of(all(NEVER), below) - rest;
       store(row + j, exp_of(log_p) * fma_of(by, log_p, first), columns - j);
@@ -196,6 +204,8 @@ void row_pairs_to_slopes(long rows, long columns, long stride, float scale, int 
     float ref_highest = ref_shift[i], ref_rest = ref_log_total[i];
     for (long j = 0; j < columns; j += LANES) {
       long left = columns - j;
+      __builtin_prefetch(row + j + AHEAD, 1);
+      __builtin_prefetch(ref_row + j + AHEAD, 1);
       V log_p = max_of(all(NEVER), load(row + j, left) * scale - highest) - rest;
       V log_q = max_of(all(NEVER), load(ref_row + j, left) * scale - ref_highest) - ref_rest;
       V p = exp_of(log_p);

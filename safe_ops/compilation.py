@@ -98,7 +98,8 @@ def compile_backend() -> str | None:
     """The backend that element-wise bodies are compiled with; None: they run eagerly.
 
     Unless ``set_compile_backend`` has said otherwise, inductor where a C++ compiler is found and
-    None elsewhere: the results are the same up to rounding, the bodies take longer.
+    None elsewhere: the results are the same up to rounding, the bodies take longer. Where it is
+    inductor and there is a C compiler, the ops on hidden states use C for float32 logits on a CPU.
 
     Returns:
         The name of a registered backend, or None.

@@ -186,6 +186,7 @@ class _LogitStore:
         self._parts = list(blocks.vocabulary_blocks(weight, block_size))
         self._d_weight = d_weight
         self._tiles: list[blocks.Tile] = []
+        self._kept = hidden.new_empty(0)
         self._first = True
         self._kept_bytes = blocks.room(hidden.device).kept_bytes
         row_bytes = self._tile(0).logits_dtype.itemsize * weight.shape[0]
@@ -219,12 +220,11 @@ class _LogitStore:
     def tiles(self, chunk: blocks.RowChunk) -> list[tuple[blocks.Tile, slice]]:
         """Every block of the vocabulary with the tile of its logits."""
         if self._first and self._apart_at_first:
-            tiles = [self._tile(chunk.padded) for _ in range(self._apart_at_first)]
-            size = tiles[0].nbytes // self._d_weight.itemsize
-            places = self._d_weight.view(-1).split(size)
-            tiles += [self._tile(chunk.padded, p) for p in places[: len(self._parts) - len(tiles)]]
+            tiles = self._apart(chunk.padded, self._apart_at_first)
+            tiles += self._in_memory(chunk.padded, self._d_weight.view(-1))
+            tiles = tiles[: len(self._parts)]
         else:
-            self._tiles = self._tiles or self._apart(chunk.padded)
+            self._tiles = self._tiles or self._some_shared(chunk.padded)
             tiles = self._tiles
         return list(zip(tiles, self._parts, strict=True))
 
@@ -232,10 +232,24 @@ class _LogitStore:
         hidden, weight, block_size = self._inputs
         return blocks.Tile(hidden, weight, rows, block_size, memory=memory)
 
-    def _apart(self, rows: int) -> list[blocks.Tile]:
+    def _some_shared(self, rows: int) -> list[blocks.Tile]:
+        one, n = self._tile(rows), len(self._parts)
+        tiles = self._apart(rows, min(n, self._kept_bytes // one.nbytes))
+        return tiles + [one] * (n - len(tiles))
+
+    def _apart(self, rows: int, count: int) -> list[blocks.Tile]:
+        """Tiles in what is kept, the same memory for every chunk: fresh memory takes time."""
         one = self._tile(rows)
-        tiles = [self._tile(rows) for _ in self._parts[: self._kept_bytes // one.nbytes]]
-        return tiles + [one] * (len(self._parts) - len(tiles))
+        most = min(self._kept_bytes, len(self._parts) * one.nbytes)
+        if self._kept.nbytes < most:
+            size = most // one.logits_dtype.itemsize
+            self._kept = self._kept.new_empty(size, dtype=one.logits_dtype)
+        return self._in_memory(rows, self._kept)[:count]
+
+    def _in_memory(self, rows: int, memory: Tensor) -> list[blocks.Tile]:
+        """As many tiles as lie there."""
+        size = self._tile(rows).nbytes // memory.itemsize
+        return [self._tile(rows, place) for place in memory.split(size) if len(place) == size]
 
     def write_gradient(self, part: slice, z: Tensor, states: Tensor) -> None:
         """The part's rows of the gradient (+)= z.T @ states."""
