@@ -44,6 +44,7 @@ enum { AHEAD = 1024 };
 
 /* Stands for log 0 of a banned token, since 0 * -inf is nan. */
 #define NEVER -200.0f
+#define FAR 60.0f
 
 static inline V all(float x) { return x - (V){0}; }
 
@@ -160,7 +161,10 @@ void rows_to_slopes(long rows, long columns, long stride, float scale, int threa
   }
 }
 
-/* One step of m, s, m', s' as for one row, and of u = sum e^(x-m) ((x - m) - (x' - m')). */
+/* One step of m and s as for one row, of s' = sum e^(x'-m') with an m' near the highest, and of
+   u = sum e^(x-m) ((x - m) - (x' - m')). m' moves with m, and else only where e^(x'-m') grows too
+   large: so where one token has all the probability, u and the slopes round its x' - m' alike, and
+   log p - log q - kl is 0 there. */
 void absorb_row_pairs(long rows, long columns, long stride, float scale, int threads,
                       const float *z, const float *ref_z, float *shift, float *total,
                       float *weighted, float *ref_shift, float *ref_total) {
@@ -168,7 +172,9 @@ void absorb_row_pairs(long rows, long columns, long stride, float scale, int thr
   for (long i = 0; i < rows; i++) {
     const float *row = z + i * stride, *ref_row = ref_z + i * stride;
     float higher = higher_of(shift[i], highest_of(row, columns) * scale);
-    float ref_higher = higher_of(ref_shift[i], highest_of(ref_row, columns) * scale);
+    float ref_best = highest_of(ref_row, columns) * scale;
+    int moves = higher > shift[i] || ref_best - ref_shift[i] > FAR;
+    float ref_higher = moves ? higher_of(ref_shift[i], ref_best) : ref_shift[i];
     V s = {0}, u = {0}, ref_s = {0};
     for (long j = 0; j < columns; j += LANES) {
       V below = max_of(all(NEVER), load(row + j, columns - j) * scale - higher);

@@ -151,11 +151,19 @@ def absorb_block_pair(
     ref_shift: Tensor,
     ref_total: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One step of m, s, m', s' as for one row, and of u = sum e^(x-m) ((x - m) - (x' - m'))."""
+    """One step of the sums over a row of a model's logits and over one of its reference's.
+
+    m = max x, s = sum e^(x-m), u = sum e^(x-m) ((x - m) - (x' - m')), m' <= max x', s' = sum
+    e^(x'-m').
+    """
     x, ref_x = z.to(shift.dtype) * scale, ref_z.to(shift.dtype) * scale
     never = -200.0 if shift.dtype == torch.float32 else -1000.0
     higher = torch.maximum(shift, x.amax(1))
-    ref_higher = torch.maximum(ref_shift, ref_x.amax(1))
+    # Else m' stays: where one token has all the probability, u and the slopes then round its
+    # x' - m' alike, and log p - log q - kl is 0 there.
+    ref_best = ref_x.amax(1)
+    moves = (higher > shift) | (ref_best - ref_shift > 60.0)
+    ref_higher = torch.where(moves, torch.maximum(ref_shift, ref_best), ref_shift)
     below = (x - higher.unsqueeze(1)).clamp_min(never)
     ref_below = ref_x - ref_higher.unsqueeze(1)
     e = below.exp()

@@ -94,7 +94,7 @@ def _forward(
     temperature: float,
     block_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The KL, and for each side the highest logit and log sum e^(z - highest)."""
+    """The KL, and for each side the highest logit or one near it, and log sum e^(z - that)."""
     dtype = blocks.arithmetic_dtype(hidden, weight, ref_hidden, ref_weight)
     results = [hidden.new_zeros(hidden.shape[0], dtype=dtype) for _ in range(5)]
     scale = blocks.number(1 / temperature, dtype, hidden.device)
