@@ -9,9 +9,8 @@ from torch import Tensor
 
 from safe_ops.compilation import c_library
 
-SOURCES = [
-    Path(__file__).with_name(name) for name in ("packed_linear.c", "attend_one.c", "rms_norm.c")
-]
+NAMES = ("packed_linear.c", "attend_one.c", "rms_norm.c", "decode_layer.c")
+SOURCES = [Path(__file__).with_name(name) for name in NAMES]
 
 
 def require(name: str, x: Tensor) -> None:
@@ -43,9 +42,11 @@ def compiled(*options: str) -> ctypes.CDLL | None:
     if kernels is None:
         return None
     pointer, number, threads = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
-    kernels.columns.restype = number
+    kernels.columns.restype = kernels.padded.restype = number
+    kernels.padded.argtypes = [number]
     kernels.pack.argtypes = [pointer, number, number, pointer, threads]
     kernels.multiply.argtypes = [pointer, number, number, pointer, pointer, number, threads]
-    kernels.attend_one.argtypes = [*[pointer] * 7, *[number] * 7, ctypes.c_float, threads]
+    kernels.attend_one.argtypes = [*[pointer] * 5, threads]
+    kernels.decode_layer.argtypes = [*[pointer] * 4, number, *[pointer] * 2, threads]
     kernels.rms_norm.argtypes = [pointer, pointer, pointer, number, number, ctypes.c_float]
     return kernels

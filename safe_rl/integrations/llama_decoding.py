@@ -7,10 +7,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM, PreTrainedModel, Qwen2ForCausalLM
+from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
-from safe_rl.integrations.decode_kernels import attend_one, rms_norm
+from safe_rl.integrations.decode_kernels import (
+    PackedLayer,
+    PackedLinear,
+    attend_one,
+    decode_layers,
+    rms_norm,
+)
 from safe_rl.integrations.graphed_steps import GraphedSteps, can_record
 from safe_rl.integrations.merged_linear import MergedLinear, is_mergeable
 from safe_rl.integrations.packed_linear import can_pack
@@ -71,8 +78,8 @@ class LlamaDecoder:
     q, k, v are one product, gate and up another; adapters are merged; the query heads of one key
     head are rows of one attention. Keys and values are written in place. Rotary angles and
     embedding are the model's own; the layers' weights are copies (425 MB for SmolLM2-135M in
-    float32), brought up to date by ``refresh``. In float32 on a CPU with a C compiler the products,
-    norms and a new token's attention are C kernels, and the head is a copy too (113 MB). On a GPU
+    float32), brought up to date by ``refresh``. In float32 on a CPU with a C compiler a layer of a
+    new token is one call of C, and the head is a copy too (113 MB). On a GPU
     a step of one token is a CUDA graph over the whole cache, recorded anew when weights have moved
     or the cache must grow.
 
@@ -116,6 +123,7 @@ class LlamaDecoder:
         self._head = head if own_head else MergedLinear([head])
         self._layers = [_fuse(layer) for layer in backbone.layers]
         self._read: list[int] = []
+        self._packed: list[PackedLayer] = []
 
     def refresh(self) -> None:
         """Take over the model's present weights, adapters merged."""
@@ -125,6 +133,8 @@ class LlamaDecoder:
                     part.refresh()
         if isinstance(self._head, MergedLinear):
             self._head.refresh()
+        packed = all(map(_is_packed, self._layers))
+        self._packed = [_where(layer) for layer in self._layers] if packed else []
 
     def start(self, rows: int, length: int) -> None:
         """Empty the cache; it holds ``length`` tokens in each of ``rows`` rows."""
@@ -181,6 +191,9 @@ class LlamaDecoder:
         """``extend`` at these places of the cache; ``visible`` may count later ones, False."""
         rows, seen = visible.shape
         hidden = self._embed(tokens)
+        if tokens.shape[1] == 1 and self._packed and self._has_kernels:
+            self._step(hidden[:, 0], cos, sin, visible)
+            return self._head(self._normed(self._norm, hidden[:, -1]))
         attend = self._attention(place, cos, sin, visible)
         cached = self._cache[:, :, :rows, :, :seen].unbind()
         for cache, layer in zip(cached, self._layers, strict=True):
@@ -190,6 +203,20 @@ class LlamaDecoder:
             gate, up = layer.gate_up(normed).chunk(2, -1)
             hidden = hidden + layer.down(layer.activation(gate) * up)
         return self._head(self._normed(self._norm, hidden[:, -1]))
+
+    def _step(self, hidden: Tensor, cos: Tensor, sin: Tensor, visible: Tensor) -> None:
+        """Every layer for one token a row, ``hidden`` in place."""
+        rows, seen = visible.shape
+        decode_layers(
+            self._packed,
+            hidden,
+            cos.contiguous(),
+            sin.contiguous(),
+            self._cache[:, :, :rows, :, :seen],
+            visible.contiguous(),
+            heads=self._groups * self._key_heads,
+            scale=self._scaling,
+        )
 
     @property
     def _has_kernels(self) -> bool:
@@ -270,4 +297,30 @@ def _fuse(layer: Any) -> _Layer:
         gate_up=MergedLinear([feed_forward.gate_proj, feed_forward.up_proj]),
         activation=feed_forward.act_fn,
         down=MergedLinear([feed_forward.down_proj]),
+    )
+
+
+def _is_packed(layer: _Layer) -> bool:
+    """Whether ``decode_layers`` computes what it computes."""
+    norms = layer.attention_norm, layer.feed_forward_norm
+    return (
+        layer.query_key_value.packed  # as all of them are, or none
+        and type(layer.activation) is SiLUActivation
+        and all(type(n) in RMS_NORMS and n.weight.dtype == torch.float32 for n in norms)
+    )
+
+
+def _where(layer: _Layer) -> PackedLayer:
+    """Where its weights are, until they move."""
+    norms: tuple[Any, ...] = (layer.attention_norm, layer.feed_forward_norm)
+    linear = layer.query_key_value, layer.attention_out, layer.gate_up, layer.down
+    return PackedLayer(
+        *(n.weight.data_ptr() for n in norms),
+        *(n.variance_epsilon for n in norms),
+        *(
+            PackedLinear(
+                x.weight.data_ptr(), None if x.bias is None else x.bias.data_ptr(), x.out_features
+            )
+            for x in linear
+        ),
     )

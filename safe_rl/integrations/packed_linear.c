@@ -4,6 +4,8 @@
    in registers. While it is, the next panel is fetched from memory; a library's product of 16 rows
    waits for memory instead, for as long again as it multiplies. */
 
+#include "decode.h"
+
 #ifndef LANES
 #ifdef __AVX512F__
 #define LANES 16
@@ -12,9 +14,15 @@
 #endif
 #endif
 #define COLUMNS (2 * LANES)
-#define TILE_ROWS 6   /* 12 sums, 2 weights and 1 input: 15 of 16 registers */
+#if LANES == 16
+#define TILE_ROWS 8 /* 16 sums, 2 weights and 1 input, of 32 registers: 16 rows are two tiles */
+#else
+#define TILE_ROWS 6 /* 12 sums, 2 weights and 1 input: 15 of 16 registers */
+#endif
 #define LARGE 100000  /* below it, threads cost more than they save */
-#define BLOCK_ROWS 96 /* of x, which stay in the second cache over all panels */
+#ifndef BLOCK
+#define BLOCK (1 << 17) /* numbers of x, which stay in the second cache over all panels */
+#endif
 
 typedef float vector __attribute__((vector_size(4 * LANES), aligned(4)));
 
@@ -23,7 +31,7 @@ typedef float vector __attribute__((vector_size(4 * LANES), aligned(4)));
                             const float *ahead, long stride) {                                     \
         vector sum[ROWS][2] = {0};                                                                 \
         for (long k = 0; k < depth; k++, panel += COLUMNS, ahead += stride) {                      \
-            __builtin_prefetch(ahead);                                                             \
+            __builtin_prefetch(ahead, 0, 2); /* to the second cache: two panels exceed the first */ \
             vector left = *(const vector *)panel, right = *(const vector *)(panel + LANES);        \
             _Pragma("GCC unroll 8") for (int row = 0; row < ROWS; row++) {                         \
                 sum[row][0] += x[row * depth + k] * left;                                          \
@@ -41,10 +49,20 @@ TILE(3)
 TILE(4)
 TILE(5)
 TILE(6)
+#if LANES == 16
+TILE(7)
+TILE(8)
+#endif
 typedef void tile(const float *, long, const float *, float *, long, const float *, long);
-static tile *const TILES[] = {0, tile_1, tile_2, tile_3, tile_4, tile_5, tile_6};
+static tile *const TILES[] = {
+    0, tile_1, tile_2, tile_3, tile_4, tile_5, tile_6,
+#if LANES == 16
+    tile_7, tile_8,
+#endif
+};
 
 long columns(void) { return COLUMNS; }
+long padded(long width) { return (width + COLUMNS - 1) / COLUMNS * COLUMNS; }
 
 /* Rows of w beyond the last are zeros in the last panel. */
 void pack(const float *w, long width, long depth, float *packed, int threads) {
@@ -57,20 +75,28 @@ void pack(const float *w, long width, long depth, float *packed, int threads) {
 }
 
 /* width: of y, a multiple of COLUMNS. */
-void multiply(const float *x, long rows, long depth, const float *packed, float *y, long width,
-              int threads) {
-#pragma omp parallel for collapse(2) num_threads(threads) if (rows * width * depth >= LARGE)
-    for (long block = 0; block < rows; block += BLOCK_ROWS)
+void multiply_team(const float *x, long rows, long depth, const float *packed, float *y,
+                   long width) {
+    long most = BLOCK / (depth > 0 ? depth : 1), blocks = most > 0 ? (rows + most - 1) / most : rows;
+    for (long block = 0; block < blocks; block++) {
+        long begin = rows * block / blocks, end = rows * (block + 1) / blocks;
+        long tiles = (end - begin + TILE_ROWS - 1) / TILE_ROWS;
+        long stride = (COLUMNS + tiles - 1) / tiles; /* each tile fetches its share */
+#pragma omp for
         for (long first = 0; first < width; first += COLUMNS) {
             const float *panel = packed + first * depth, *next = panel + COLUMNS * depth;
-            long end = block + BLOCK_ROWS < rows ? block + BLOCK_ROWS : rows;
-            long tiles = (end - block + TILE_ROWS - 1) / TILE_ROWS;
-            long stride = (COLUMNS + tiles - 1) / tiles; /* each tile fetches its share */
-            for (long row = block, done = 0; row < end; done++) {
+            for (long row = begin, done = 0; row < end; done++) {
                 long left = tiles - done, number = (end - row + left - 1) / left;
                 TILES[number](x + row * depth, depth, panel, y + row * width + first, width,
                               next + done * stride * depth, stride);
                 row += number;
             }
         }
+    }
+}
+
+void multiply(const float *x, long rows, long depth, const float *packed, float *y, long width,
+              int threads) {
+#pragma omp parallel num_threads(threads) if (rows * width * depth >= LARGE)
+    multiply_team(x, rows, depth, packed, y, width);
 }

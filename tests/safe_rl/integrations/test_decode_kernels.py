@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from safe_rl.integrations.c_kernels import compiled
-from safe_rl.integrations.decode_kernels import attend_one, rms_norm
+from safe_rl.integrations.decode_kernels import (
+    PackedLayer,
+    PackedLinear,
+    attend_one,
+    decode_layers,
+    rms_norm,
+)
+from safe_rl.integrations.packed_linear import pack
 from tests.strategies import PROPERTY
 
 pytestmark = pytest.mark.skipif(compiled() is None, reason="no C compiler")
@@ -120,3 +127,131 @@ def test_what_is_not_float32_is_refused() -> None:
 
 def test_rows_of_no_width() -> None:
     assert rms_norm(torch.ones(3, 0), torch.ones(0), 1e-5).shape == (3, 0)
+
+
+def layer_in_float64(
+    hidden: Tensor, weights: dict[str, Tensor], biases: dict[str, Tensor | None], attend
+) -> Tensor:
+    """Written out; ``attend`` is from the mixed queries, keys and values to what they see."""
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        y, bias = x @ weights[name].double().T, biases[name]
+        return y if bias is None else y + bias.double()
+
+    def norm(x: Tensor) -> Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+    hidden = hidden.double()
+    mixed = linear("query_key_value", norm(hidden))
+    hidden = hidden + linear("attention_out", attend(mixed))
+    gate, up = linear("gate_up", norm(hidden)).chunk(2, -1)
+    return hidden + linear("down", gate * gate.sigmoid() * up)
+
+
+@PROPERTY
+@given(
+    rows=st.integers(1, 19),
+    groups=st.integers(1, 3),
+    key_heads=st.integers(1, 2),
+    half=st.integers(1, 5),
+    inner=st.integers(1, 40),
+    length=st.integers(1, 5),
+    has_bias=st.booleans(),
+    threads=st.integers(1, 3),
+)
+def test_layers_equal_float64(
+    rows: int,
+    groups: int,
+    key_heads: int,
+    half: int,
+    inner: int,
+    length: int,
+    has_bias: bool,
+    threads: int,
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    size, heads = 2 * half, groups * key_heads
+    width = heads * size
+    shapes = {
+        "query_key_value": ((heads + 2 * key_heads) * size, width),
+        "attention_out": (width, width),
+        "gate_up": (2 * inner, width),
+        "down": (width, inner),
+    }
+    layers, found = [], torch.randn(rows, width, generator=generator)
+    cache = torch.randn(2, 2, rows, key_heads, length, size, generator=generator)
+    angle = torch.randn(rows, half, generator=generator)
+    visible = torch.ones(rows, length, dtype=torch.bool)
+    cos, sin = torch.cat([angle.cos()] * 2, 1), torch.cat([-angle.sin(), angle.sin()], 1)
+    held, hidden = [], found.double()
+    for layer in range(2):
+        weights = {
+            name: torch.randn(shape, generator=generator) / shape[1] ** 0.5
+            for name, shape in shapes.items()
+        }
+        biases = {
+            name: torch.randn(shape[0], generator=generator) if has_bias else None
+            for name, shape in shapes.items()
+        }
+        before = cache[layer].double()
+
+        def attend(mixed: Tensor, before: Tensor = before) -> Tensor:
+            seen = [
+                expected(mixed[i], angle[i].double(), *before[:, i], visible[i], 0.3)
+                for i in range(rows)
+            ]
+            return torch.stack(seen)
+
+        hidden = layer_in_float64(hidden, weights, biases, attend)
+        packed = {name: pack(weight) for name, weight in weights.items()}
+        ones = torch.ones(width)
+        # Their memory must outlive the loop.
+        held.append((packed, biases, ones))
+        layers.append(
+            PackedLayer(
+                *[ones.data_ptr()] * 2,
+                *[1e-5] * 2,
+                *(
+                    PackedLinear(
+                        packed[name].data_ptr(), bias if bias is None else bias.data_ptr(), shape[0]
+                    )
+                    for (name, shape), bias in zip(shapes.items(), biases.values(), strict=True)
+                ),
+            )
+        )
+    before_threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        decode_layers(layers, found, cos, sin, cache, visible, heads=heads, scale=0.3)
+    finally:
+        torch.set_num_threads(before_threads)
+    torch.testing.assert_close(found.double(), hidden, rtol=1e-4, atol=1e-4)
+
+
+def test_the_gate_does_not_overflow() -> None:
+    one, width = torch.ones(2), 2
+    gates = torch.tensor([[1e4, 0.0], [-1e4, 0.0], [1.0, 1.0], [1.0, 1.0]])
+    linear = {
+        "query_key_value": torch.zeros(6, 2),
+        "attention_out": torch.zeros(2, 2),
+        "gate_up": gates,
+        "down": torch.eye(2),
+    }
+    packed = {name: pack(weight) for name, weight in linear.items()}
+    layer = PackedLayer(
+        *[one.data_ptr()] * 2,
+        *[0.0] * 2,
+        *(PackedLinear(packed[name].data_ptr(), None, len(w)) for name, w in linear.items()),
+    )
+    hidden, turn = torch.ones(1, width), torch.ones(1, width)
+    decode_layers(
+        [layer],
+        hidden,
+        turn,
+        0 * turn,
+        torch.zeros(1, 2, 1, 1, 1, width),
+        torch.ones(1, 1, dtype=torch.bool),
+        heads=1,
+        scale=1.0,
+    )
+    torch.testing.assert_close(hidden, torch.tensor([[1 + 2e4, 1.0]]))
