@@ -4,7 +4,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { SIDE_BY_SIDE = 4 };
+enum { SIDE_BY_SIDE = 4, LARGE = 32768 }; /* below it, threads cost more than they save */
 
 /* A number of each step, of each row or of all: how far apart they lie. */
 typedef struct {
@@ -46,7 +46,7 @@ void estimate_rows(long rows, long steps, int threads, const REAL *reward, const
                        mask,       terminated, truncated,
                        bootstrap,  next_value, {discount, discount_row, discount_step},
                        {lambda, lambda_row, lambda_step}, advantage, target};
-#pragma omp parallel for num_threads(threads) if (threads > 1)
+#pragma omp parallel for num_threads(threads) if (threads > 1 && rows * steps >= LARGE)
   for (long first = 0; first < rows; first += SIDE_BY_SIDE) {
     long count = rows - first < SIDE_BY_SIDE ? rows - first : SIDE_BY_SIDE;
     REAL values[SIDE_BY_SIDE], advantages[SIDE_BY_SIDE] = {0};

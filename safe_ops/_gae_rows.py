@@ -3,6 +3,7 @@
 import ctypes
 import functools
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -12,11 +13,11 @@ from safe_ops.compilation import c_library, compile_backend, is_plain
 REALS = {torch.float32: "float", torch.float64: "double"}
 
 
-def can_estimate(*tensors: Tensor | None) -> bool:
+def can_estimate(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
     """Whether the arguments may be read where they lie, and there is a compiler."""
-    if compile_backend() != "inductor" or not is_plain(*[x for x in tensors if x is not None]):
-        return False
-    return _library(torch.float32) is not None
+    # In this order: the other two cannot be traced.
+    plain = is_plain(*[x for x in tensors if x is not None])
+    return plain and compile_backend() == "inductor" and _library(dtype) is not None
 
 
 def estimate(
@@ -38,9 +39,7 @@ def estimate(
     flags = [None if x is None else x.contiguous() for x in (mask, terminated, truncated)]
     behind = [None if x is None else x.contiguous() for x in (bootstrap_value, next_value)]
     factors = [x.expand(rows, steps) for x in (discount, gae_lambda)]
-    library = _library(value.dtype)
-    assert library is not None
-    library.estimate_rows(
+    cast(ctypes.CDLL, _library(value.dtype)).estimate_rows(
         *(rows, steps, torch.get_num_threads()),
         *(None if x is None else x.data_ptr() for x in (*numbers, *flags, *behind)),
         *(part for x in factors for part in (x.data_ptr(), *x.stride())),

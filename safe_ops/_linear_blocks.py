@@ -258,22 +258,22 @@ def sum_start(states: Tensor, dtype: torch.dtype) -> list[Tensor]:
     return [lowest, torch.zeros_like(lowest), torch.zeros_like(lowest)]
 
 
-def empty_grads(inputs: tuple[Tensor, ...], needed: list[bool], *, written: bool) -> list[Tensor]:
+def empty_grads(inputs: tuple[Tensor, ...], needed: list[bool]) -> list[Tensor]:
     """Room for each gradient that is needed; an op cannot return None, so empty for the others.
 
-    ``written``: the caller writes every number, as it does where ``every_row_counts``; else all
-    are 0 at first. Shapes do not depend on it, so a fake need not look, which would be a guard.
+    Nothing is written: zeros below all of a weight's gradient take a pass over it. Those of hidden
+    states need ``zero_masked``, those of weights zeros where no row counts.
     """
-    make = torch.empty_like if written else torch.zeros_like
     return [
-        make(x, memory_format=torch.contiguous_format) if need else x.new_empty(0)
+        torch.empty_like(x, memory_format=torch.contiguous_format) if need else x.new_empty(0)
         for x, need in zip(inputs, needed, strict=True)
     ]
 
 
-def every_row_counts(hidden: Tensor, mask: Tensor | None) -> bool:
-    """There are rows [N, H], and none is masked: then every gradient is written whole."""
-    return mask is None and len(hidden) > 0
+def zero_masked(d_hidden: Tensor, mask: Tensor | None) -> None:
+    """Zeros for the rows [N, H] that no chunk writes."""
+    if mask is not None:
+        d_hidden.zero_()
 
 
 def only_needed(grads: tuple[Tensor, ...], needed: list[bool]) -> list[Tensor | None]:

@@ -42,6 +42,8 @@ enum { LANES = BYTES / 4 };
    and kept logits have left the cache. */
 enum { AHEAD = 1024 };
 
+#define LARGE 32768 /* below it, threads cost more than they save */
+
 /* Stands for log 0 of a banned token, since 0 * -inf is nan. */
 #define NEVER -200.0f
 #define FAR 60.0f
@@ -121,7 +123,7 @@ static inline float possible(float x) { return x < NEVER ? NEVER : x; }
 void absorb_rows(long rows, long columns, long stride, float scale, int threads, const float *z,
                  const int64_t *token, long start, float *shift, float *total, float *weighted,
                  float *logit) {
-#pragma omp parallel for num_threads(threads) if (threads > 1)
+#pragma omp parallel for num_threads(threads) if (threads > 1 && rows * columns >= LARGE)
   for (long i = 0; i < rows; i++) {
     const float *row = z + i * stride;
     float higher = higher_of(shift[i], highest_of(row, columns) * scale);
@@ -145,7 +147,7 @@ void absorb_rows(long rows, long columns, long stride, float scale, int threads,
 void rows_to_slopes(long rows, long columns, long stride, float scale, int threads, float *z,
                     const int64_t *token, long start, const float *shift, const float *log_total,
                     const float *constant, const float *slope, const float *at_token) {
-#pragma omp parallel for num_threads(threads) if (threads > 1)
+#pragma omp parallel for num_threads(threads) if (threads > 1 && rows * columns >= LARGE)
   for (long i = 0; i < rows; i++) {
     float *row = z + i * stride;
     V first = all(constant[i]), by = all(slope[i]);
@@ -168,7 +170,7 @@ void rows_to_slopes(long rows, long columns, long stride, float scale, int threa
 void absorb_row_pairs(long rows, long columns, long stride, float scale, int threads,
                       const float *z, const float *ref_z, float *shift, float *total,
                       float *weighted, float *ref_shift, float *ref_total) {
-#pragma omp parallel for num_threads(threads) if (threads > 1)
+#pragma omp parallel for num_threads(threads) if (threads > 1 && rows * columns >= LARGE)
   for (long i = 0; i < rows; i++) {
     const float *row = z + i * stride, *ref_row = ref_z + i * stride;
     float higher = higher_of(shift[i], highest_of(row, columns) * scale);
@@ -203,7 +205,7 @@ void row_pairs_to_slopes(long rows, long columns, long stride, float scale, int 
                          float *ref_z, const float *shift, const float *log_total,
                          const float *ref_shift, const float *ref_log_total, const float *kl,
                          const float *grad, int ref_needed) {
-#pragma omp parallel for num_threads(threads) if (threads > 1)
+#pragma omp parallel for num_threads(threads) if (threads > 1 && rows * columns >= LARGE)
   for (long i = 0; i < rows; i++) {
     float *row = z + i * stride, *ref_row = ref_z + i * stride;
     float highest = shift[i], rest = log_total[i], g = grad[i], mean = kl[i];
@@ -213,9 +215,10 @@ void row_pairs_to_slopes(long rows, long columns, long stride, float scale, int 
       __builtin_prefetch(row + j + AHEAD, 1);
       __builtin_prefetch(ref_row + j + AHEAD, 1);
       V log_p = max_of(all(NEVER), load(row + j, left) * scale - highest) - rest;
-      V log_q = max_of(all(NEVER), load(ref_row + j, left) * scale - ref_highest) - ref_rest;
-      V p = exp_of(log_p);
-      store(row + j, g * p * (log_p - log_q - mean), left);
+      V log_q = load(ref_row + j, left) * scale - ref_highest - ref_rest;
+      V p = exp_of(log_p), slope = g * p * (log_p - log_q - mean);
+      /* log q may be -inf, which a token that has no probability does not meet. */
+      store(row + j, (V)((I)slope & (p != 0.0f)), left);
       if (ref_needed) store(ref_row + j, g * (exp_of(log_q) - p), left);
     }
   }

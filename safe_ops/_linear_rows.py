@@ -198,9 +198,11 @@ def slopes_of_block_pair(
     never = -200.0 if shift.dtype == torch.float32 else -1000.0
     x, ref_x = z.to(shift.dtype) * scale, ref_z.to(shift.dtype) * scale
     log_p = (x - shift.unsqueeze(1)).clamp_min(never) - log_total.unsqueeze(1)
-    log_q = (ref_x - ref_shift.unsqueeze(1)).clamp_min(never) - ref_log_total.unsqueeze(1)
+    log_q = ref_x - ref_shift.unsqueeze(1) - ref_log_total.unsqueeze(1)
     p = log_p.exp()
-    z.copy_(grad.unsqueeze(1) * p * (log_p - log_q - kl.unsqueeze(1)))
+    slope = grad.unsqueeze(1) * p * (log_p - log_q - kl.unsqueeze(1))
+    # log q may be -inf, which a token that has no probability does not meet.
+    z.copy_(torch.where(p != 0, slope, 0.0))
     if ref_needed:
         ref_z.copy_(grad.unsqueeze(1) * (log_q.exp() - p))
 

@@ -89,7 +89,10 @@ def is_plain(*tensors: Tensor) -> bool:
         >>> is_plain(torch.ones(1)), is_plain(torch.ones(1, device="meta"))
         (True, False)
     """
-    if torch.compiler.is_compiling() or peek_interpreter_stack() is not None:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    proxies = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
+    if proxies is not None or peek_interpreter_stack() is not None:
         return False
     return all(type(x) is Tensor and x.is_cpu for x in tensors)
 
@@ -99,7 +102,8 @@ def compile_backend() -> str | None:
 
     Unless ``set_compile_backend`` has said otherwise, inductor where a C++ compiler is found and
     None elsewhere: the results are the same up to rounding, the bodies take longer. Where it is
-    inductor and there is a C compiler, the ops on hidden states use C for float32 logits on a CPU.
+    inductor and there is a C compiler, the ops on hidden states (float32) and the advantages run in
+    C on a CPU.
 
     Returns:
         The name of a registered backend, or None.

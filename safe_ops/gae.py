@@ -40,9 +40,9 @@ def generalized_advantage_estimate(
     reward that counts and is not finite spoils the steps before it that it reaches; computed in
     blocks, all steps of its row before it.
 
-    A linear recurrence: on a CPU with a C compiler one pass in C, else computed in blocks, so that
-    few operations depend on T; one graph for all sizes. ``tests/benchmarks/bench_gae.py`` compares
-    it with loops.
+    A linear recurrence: eagerly on a CPU with a C compiler one pass in C (as ``compile_backend``
+    says), else computed in blocks, so that few operations depend on T; one graph for all sizes.
+    ``tests/benchmarks/bench_gae.py`` compares it with loops.
 
     Args:
         reward: [B, T].
@@ -77,9 +77,8 @@ def generalized_advantage_estimate(
     _check(reward, value, mask, terminated, truncated, bootstrap_value, next_value)
     batch, steps = reward.shape
     arguments: list[Any] = [reward, value, mask, terminated, truncated, bootstrap_value, next_value]
-    if _gae_rows.can_estimate(
-        *arguments, *(x for x in (discount, gae_lambda) if isinstance(x, Tensor))
-    ):
+    factors = [x for x in (discount, gae_lambda) if isinstance(x, Tensor)]
+    if _gae_rows.can_estimate(_dtypes(reward, value)[1], *arguments, *factors):
         arguments += [discount, gae_lambda]
         return _estimate_in_c(*arguments)
     for x in (discount, gae_lambda):

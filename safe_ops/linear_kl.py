@@ -155,8 +155,9 @@ def _backward(
     """Gradients of the four tensors; an empty tensor for one that is not needed."""
     dtype = grad.dtype
     inputs = (hidden, weight, ref_hidden, ref_weight)
-    written = blocks.every_row_counts(hidden, mask)
-    grads = blocks.empty_grads(inputs, needed, written=written)
+    grads = blocks.empty_grads(inputs, needed)
+    for d_hidden in grads[::2]:
+        blocks.zero_masked(d_hidden, mask)
     scale = blocks.number(1 / temperature, dtype, hidden.device)
     tiles = None
     for chunk in blocks.row_chunks(hidden, mask, blocks.tile_rows(hidden, block_size)):
@@ -193,6 +194,9 @@ def _backward(
             if d is not None:
                 chunk.put(target, d)
         del states, d_states, d  # before the next chunk's are made
+    if tiles is None:
+        for d_weight in grads[1::2]:
+            d_weight.zero_()
     return grads[0], grads[1], grads[2], grads[3]
 
 
@@ -210,7 +214,7 @@ def _(
     needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inputs = (hidden, weight, ref_hidden, ref_weight)
-    a, b, c, d = blocks.empty_grads(inputs, needed, written=True)
+    a, b, c, d = blocks.empty_grads(inputs, needed)
     return a, b, c, d
 
 

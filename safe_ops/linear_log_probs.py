@@ -144,8 +144,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; an empty tensor for one that is not needed."""
     dtype = grad_log_prob.dtype
-    written = blocks.every_row_counts(hidden, mask)
-    d_hidden, d_weight, d_bias = _empty_grads(hidden, weight, bias, needed, written=written)
+    d_hidden, d_weight, d_bias = _empty_grads(hidden, weight, bias, needed)
+    blocks.zero_masked(d_hidden, mask)
     scale = blocks.number(1 / temperature, dtype, hidden.device)
     tile = None
     for chunk in blocks.row_chunks(hidden, mask, blocks.tile_rows(hidden, block_size)):
@@ -173,14 +173,17 @@ def _backward(
         if d_states is not None:
             chunk.put(d_hidden, d_states)
         del states, d_states  # before the next chunk's are made
+    if tile is None:
+        d_weight.zero_()
+        d_bias.zero_()
     return d_hidden, d_weight, d_bias
 
 
 def _empty_grads(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: list[bool], *, written: bool
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = (hidden, weight, weight if bias is None else bias)
-    d_hidden, d_weight, d_bias = blocks.empty_grads(inputs, needed, written=written)
+    d_hidden, d_weight, d_bias = blocks.empty_grads(inputs, needed)
     return d_hidden, d_weight, d_bias
 
 
@@ -198,7 +201,7 @@ def _(
     grad_entropy: Tensor,
     needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_grads(hidden, weight, bias, needed, written=True)
+    return _empty_grads(hidden, weight, bias, needed)
 
 
 def _keep(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:

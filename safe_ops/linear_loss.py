@@ -101,8 +101,8 @@ class _LinearLoss(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             blocks.check_range(tokens, mask, weight.shape[0])
             needed = [recording and need for need in ctx.needs_input_grad[:2]]
-            written = blocks.every_row_counts(hidden, mask)
-            grads = blocks.empty_grads((hidden, weight), needed, written=written)
+            grads = blocks.empty_grads((hidden, weight), needed)
+            blocks.zero_masked(grads[0], mask)
             dtype = blocks.arithmetic_dtype(hidden, weight)
             loss = torch.zeros((), dtype=dtype, device=hidden.device)
             scale = blocks.number(1 / temperature, dtype, hidden.device)
@@ -113,6 +113,7 @@ class _LinearLoss(torch.autograd.Function):
                 loss += _work_on_chunk(
                     chunk, states, ids, weight, token_loss, scale, store, grads[0], needed
                 )
+            store.finish()
         ctx.grads = blocks.only_needed(tuple(grads), needed)
         return loss
 
@@ -258,6 +259,11 @@ class _LogitStore:
     def next_chunk(self) -> None:
         """The first chunk's gradients are all written."""
         self._first = False
+
+    def finish(self) -> None:
+        """The gradient is 0 where there was no chunk."""
+        if self._first:
+            self._d_weight.zero_()
 
 
 def _slopes_of(

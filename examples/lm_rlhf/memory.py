@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 
 from examples.lm_rlhf.architectures import read_architecture
 from examples.lm_rlhf.config import CONFIGS, Config
+from safe_rl.integrations.llama_decoding import GRAPHED_LENGTHS
 
 GIB = 2**30
 TILE_BYTES = 16 * 2**20
@@ -232,7 +233,9 @@ def memory(
     # In float32 on a CPU the head is packed too.
     head = sizes.vocabulary * sizes.hidden if config.dtype == "float32" and not gpus else 0
     token = 2 * sizes.layers * sizes.key_heads * sizes.head_size * d
-    cache = {"key-value cache": batch * length * token}
+    graphed = config.merged_sampling and gpus
+    places = length + (-length % GRAPHED_LENGTHS if graphed else 0)
+    cache = {"key-value cache": batch * places * token}
     held = {
         "layers": d * sizes.layers * sizes.layer_parameters // over,
         "embedding, head": d * sizes.embedding_parameters,

@@ -80,9 +80,15 @@ def decode_layers(
         scale: Of the scores.
 
     Raises:
-        ValueError: an input is not float32 on a CPU, or the cache has gaps within a head.
+        ValueError: an input is not float32 on a CPU, not contiguous or of another shape, or the
+            cache has gaps within a head.
     """
     require("hidden", hidden)
+    if len(hidden) != cache.shape[2] or not hidden.is_contiguous():
+        raise ValueError(
+            f"hidden must be contiguous [B, H] of the cache {tuple(cache.shape)}, "
+            f"got {tuple(hidden.shape)} with strides {hidden.stride()}"
+        )
     how = _attention(cos, sin, cache[0], visible, heads=heads, scale=scale)
     rows, size = hidden.shape
     kernel, first = kernels(), layers[0]
@@ -123,9 +129,11 @@ def attend_one(
         float32 [B, heads * D].
 
     Raises:
-        ValueError: an input is not float32 on a CPU, or the cache has gaps within a head.
+        ValueError: an input is not float32 on a CPU, not contiguous or of another shape, or the
+            cache has gaps within a head.
     """
     require("mixed", mixed)
+    mixed = mixed.contiguous()
     key_heads, size = cache.shape[2], cache.shape[4]
     heads = mixed.shape[-1] // size - 2 * key_heads
     how = _attention(cos, sin, cache, visible, heads=heads, scale=scale)
@@ -143,6 +151,14 @@ def _attention(
 ) -> _Attention:
     for name, x in {"cos": cos, "sin": sin, "cache": cache}.items():
         require(name, x)
+    if visible.shape != (cache.shape[1], cache.shape[3]) or visible.dtype != torch.bool:
+        raise ValueError(
+            f"visible must be bool [B, L] of the cache {tuple(cache.shape)}, "
+            f"got {visible.dtype} {tuple(visible.shape)}"
+        )
+    for name, x in {"cos": cos, "sin": sin, "visible": visible}.items():
+        if not x.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {x.stride()}")
     if cache.stride()[3:] != (cache.shape[4], 1):
         raise ValueError(f"a head's cache must be in one piece, got strides {cache.stride()}")
     _, rows, key_heads, length, size = cache.shape

@@ -10,6 +10,8 @@
 
 #include "decode.h"
 
+#define LARGE 100000 /* below it, threads cost more than they save */
+
 /* A packed weight and its bias, which may be missing. */
 typedef struct {
     const float *packed, *bias;
@@ -60,7 +62,7 @@ static void gate_team(const float *both, long rows, long inner, float *gated) {
 void decode_layer(const Layer *layer, const Attention *how, const Room *room, float *hidden,
                   long size, float *keys, float *values, int threads) {
     long rows = how->rows, inner = layer->gate_up.width / 2;
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(threads) if (threads > 1 && rows * size * inner >= LARGE)
     {
         rms_norm_team(hidden, layer->attention_norm, room->normed, rows, size,
                       layer->attention_eps);

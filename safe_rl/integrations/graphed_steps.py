@@ -11,14 +11,16 @@ from torch.nn import functional as F
 def can_record(x: Tensor) -> bool:
     """Whether a step on this tensor can be a graph.
 
-    On a GPU, where no gradient is recorded, and not under autocast, whose cached weights a graph
-    would go on reading.
+    On the present GPU, where no gradient is recorded, and not under autocast, whose cached weights
+    a graph would go on reading.
 
     Example:
         >>> can_record(torch.ones(1))
         False
     """
-    return x.is_cuda and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cuda")
+    if not x.is_cuda or x.device.index != torch.cuda.current_device():
+        return False
+    return not torch.is_grad_enabled() and not torch.is_autocast_enabled("cuda")
 
 
 class GraphedSteps:
@@ -29,17 +31,14 @@ class GraphedSteps:
     must stay where it is, and what it writes is written once more while it is recorded.
 
     Args:
-        step: (place, rows, rows, ...) -> rows, all tensors; rows have B of them in dimension 0.
-        most: Rows that ``step`` can take.
+        most: Rows that a step can take.
 
     Example:
-        >>> steps = GraphedSteps(lambda place, x: x + place, most=6)
-        >>> steps.sizes
+        >>> GraphedSteps(most=6).sizes
         []
     """
 
-    def __init__(self, step: Callable[..., Tensor], most: int) -> None:
-        self._step = step
+    def __init__(self, most: int) -> None:
         self._most = most
         self._graphs: dict[int, Callable[..., Tensor]] = {}
         self._pool: Any = None
@@ -49,16 +48,27 @@ class GraphedSteps:
         """Numbers of rows that there are graphs for."""
         return sorted(self._graphs)
 
-    def __call__(self, place: Tensor, *rows: Tensor) -> Tensor:
-        """The step's result, for as many rows as are given."""
+    def __call__(self, step: Callable[..., Tensor], place: Tensor, *rows: Tensor) -> Tensor:
+        """The step's result, for as many rows as are given.
+
+        Args:
+            step: (place, rows, rows, ...) -> rows, all tensors; the same function at every call.
+            place: What all rows share.
+            rows: Each with B of them in dimension 0.
+
+        Raises:
+            ValueError: there are more rows than a step can take.
+        """
         count = len(rows[0])
+        if count > self._most:
+            raise ValueError(f"rows must be at most {self._most}, got {count}")
         size = min(1 << (count - 1).bit_length(), self._most)
         inputs = place, *(_filled(x, size) for x in rows)
         if size not in self._graphs:
             # One pool for all: no two of them run at a time, and results are copied out.
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             own = tuple(x.clone() for x in inputs)
-            graph = torch.cuda.make_graphed_callables(self._step, own, pool=self._pool)
+            graph = torch.cuda.make_graphed_callables(step, own, pool=self._pool)
             self._graphs[size] = cast(Callable[..., Tensor], graph)
         return self._graphs[size](*inputs)[:count].clone()
 

@@ -79,9 +79,8 @@ class LlamaDecoder:
     head are rows of one attention. Keys and values are written in place. Rotary angles and
     embedding are the model's own; the layers' weights are copies (425 MB for SmolLM2-135M in
     float32), brought up to date by ``refresh``. In float32 on a CPU with a C compiler a layer of a
-    new token is one call of C, and the head is a copy too (113 MB). On a GPU
-    a step of one token is a CUDA graph over the whole cache, recorded anew when weights have moved
-    or the cache must grow.
+    new token is one call of C, and the head is a copy too (113 MB). On a GPU a step of one token is
+    a CUDA graph over the whole cache, recorded anew when weights have moved or the cache must grow.
 
     Args:
         language_model: One that ``is_llama_like`` accepts.
@@ -122,8 +121,8 @@ class LlamaDecoder:
         own_head = type(head) is nn.Linear and not can_pack(head.weight)
         self._head = head if own_head else MergedLinear([head])
         self._layers = [_fuse(layer) for layer in backbone.layers]
-        self._read: list[int] = []
-        self._packed: list[PackedLayer] = []
+        self._read: list[tuple[int, torch.dtype]] = []
+        self._steps = GraphedSteps(most=0)
 
     def refresh(self) -> None:
         """Take over the model's present weights, adapters merged."""
@@ -133,8 +132,6 @@ class LlamaDecoder:
                     part.refresh()
         if isinstance(self._head, MergedLinear):
             self._head.refresh()
-        packed = all(map(_is_packed, self._layers))
-        self._packed = [_where(layer) for layer in self._layers] if packed else []
 
     def start(self, rows: int, length: int) -> None:
         """Empty the cache; it holds ``length`` tokens in each of ``rows`` rows."""
@@ -149,22 +146,24 @@ class LlamaDecoder:
         self._key_heads = mixed.out_features // self._head_size // (self._groups + 2)
         # A row of a layer is [heads, length, head size], keys and values apart.
         length += -length % GRAPHED_LENGTHS if graphed else 0
+        # The old ones go before the new ones are made.
+        self._steps, self._cache = GraphedSteps(most=rows), mixed.weight.new_empty(0)
+        self._read = read
         self._cache = mixed.weight.new_zeros(
             len(self._layers), 2, rows, self._key_heads, length, self._head_size
         )
-        self._read, self._steps = read, GraphedSteps(self._forward, most=rows)
 
     def _can_go_on(self, rows: int, length: int) -> bool:
         """Whether the cache has room, and may be written here."""
         writable = self._cache.is_inference() == torch.is_inference_mode_enabled()
         return writable and rows <= self._cache.shape[2] and length <= self._cache.shape[4]
 
-    def _addresses(self) -> list[int]:
-        """Of all that a graph reads."""
+    def _addresses(self) -> list[tuple[int, torch.dtype]]:
+        """Where all lies that a graph reads, and as what."""
         parts = [part for layer in self._layers for part in layer]
         modules = [self._embed, self._norm, self._head, *parts]
         return [
-            tensor.data_ptr()
+            (tensor.data_ptr(), tensor.dtype)
             for module in modules
             if isinstance(module, nn.Module)
             for tensor in (*module.parameters(), *module.buffers())
@@ -183,7 +182,8 @@ class LlamaDecoder:
         if tokens.shape[1] > 1 or not can_record(tokens):
             return self._forward(place, tokens, cos, sin, visible)
         later = visible.new_zeros(len(visible), self._cache.shape[4] - end)
-        return self._steps(place, tokens, cos, sin, torch.cat([visible, later], 1))
+        visible = torch.cat([visible, later], 1)
+        return self._steps(self._forward, place, tokens, cos, sin, visible)
 
     def _forward(
         self, place: Tensor, tokens: Tensor, cos: Tensor, sin: Tensor, visible: Tensor
@@ -191,7 +191,7 @@ class LlamaDecoder:
         """``extend`` at these places of the cache; ``visible`` may count later ones, False."""
         rows, seen = visible.shape
         hidden = self._embed(tokens)
-        if tokens.shape[1] == 1 and self._packed and self._has_kernels:
+        if tokens.shape[1] == 1 and self._has_kernels and all(map(_is_packed, self._layers)):
             self._step(hidden[:, 0], cos, sin, visible)
             return self._head(self._normed(self._norm, hidden[:, -1]))
         attend = self._attention(place, cos, sin, visible)
@@ -208,7 +208,7 @@ class LlamaDecoder:
         """Every layer for one token a row, ``hidden`` in place."""
         rows, seen = visible.shape
         decode_layers(
-            self._packed,
+            [_where(layer) for layer in self._layers],
             hidden,
             cos.contiguous(),
             sin.contiguous(),
@@ -303,15 +303,16 @@ def _fuse(layer: Any) -> _Layer:
 def _is_packed(layer: _Layer) -> bool:
     """Whether ``decode_layers`` computes what it computes."""
     norms = layer.attention_norm, layer.feed_forward_norm
+    linear = layer.query_key_value, layer.attention_out, layer.gate_up, layer.down
     return (
-        layer.query_key_value.packed  # as all of them are, or none
+        all(x.packed for x in linear)
         and type(layer.activation) is SiLUActivation
         and all(type(n) in RMS_NORMS and n.weight.dtype == torch.float32 for n in norms)
     )
 
 
 def _where(layer: _Layer) -> PackedLayer:
-    """Where its weights are, until they move."""
+    """Where its weights are now."""
     norms: tuple[Any, ...] = (layer.attention_norm, layer.feed_forward_norm)
     linear = layer.query_key_value, layer.attention_out, layer.gate_up, layer.down
     return PackedLayer(

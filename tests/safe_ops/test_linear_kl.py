@@ -8,7 +8,7 @@ from hypothesis import given
 from torch import Tensor
 
 from safe_ops import _linear_blocks as blocks
-from safe_ops import kl_exact, linear_kl
+from safe_ops import kl_exact, linear_kl, set_compile_backend
 from tests.strategies import PROPERTY, bool_tensors, log_uniform, tensors
 
 BLOCK = 16
@@ -163,3 +163,22 @@ def test_errors_name_the_argument(name: str) -> None:
     with pytest.raises(ValueError, match=re.escape(said[0])) as caught:
         linear_kl(*arguments, **keywords)
     assert all(part in str(caught.value) for part in said), str(caught.value)
+
+
+@pytest.mark.parametrize("backend", [None, "inductor"])
+@pytest.mark.parametrize("apart", [150.0, 400.0])
+def test_the_gradient_where_the_reference_has_next_to_nothing(
+    backend: str | None, apart: float
+) -> None:
+    """Its log-prob is below what a float32 exponential can hold; the KL is not."""
+    set_compile_backend(backend)
+    hidden, weight, ref_hidden, ref_weight = inputs("random")
+    ref_hidden[:, 0], ref_weight[:, 0] = 1.0, 0.0
+    ref_weight[3, 0] = -apart
+    x = [hidden.requires_grad_(), weight, ref_hidden, ref_weight]
+    y = [t.detach().double() for t in x]
+    y[0].requires_grad_()
+    kl, truth = linear_kl(*x, block_size=BLOCK), naive(*y)
+    torch.testing.assert_close(kl, truth.float(), rtol=1e-5, atol=1e-5)
+    [found], [exact] = (torch.autograd.grad(a.sum(), b[0]) for a, b in ((kl, x), (truth, y)))
+    torch.testing.assert_close(found, exact.float(), rtol=1e-4, atol=1e-4)

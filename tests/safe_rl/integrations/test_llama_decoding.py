@@ -1,5 +1,9 @@
 """Which models the lean decoder takes, and that it computes what they compute."""
 
+import copy
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
@@ -209,3 +213,21 @@ def test_graphs_of_inference_mode_are_not_used_outside_of_it(graphs: type[Replay
     for a, b, c in zip(expected, found, again, strict=True):
         assert torch.equal(a, b)
         assert torch.equal(a, c)
+
+
+def test_a_decoder_is_copied_after_use_and_freed_when_nothing_refers_to_it() -> None:
+    decoder = LlamaDecoder(models.llama())
+    decoder.refresh()
+    prompt = torch.tensor([[2, 3, 4], [5, 6, 8]])
+    with torch.no_grad():
+        expected = responses(decoder, prompt, 3)
+        again = copy.deepcopy(decoder)
+        for a, b in zip(responses(again, prompt, 3), expected, strict=True):
+            assert torch.equal(a, b)
+    watched = weakref.ref(decoder)
+    gc.disable()
+    try:
+        del decoder
+        assert watched() is None
+    finally:
+        gc.enable()
