@@ -77,10 +77,17 @@ def generalized_advantage_estimate(
     _check(reward, value, mask, terminated, truncated, bootstrap_value, next_value)
     batch, steps = reward.shape
     arguments: list[Any] = [reward, value, mask, terminated, truncated, bootstrap_value, next_value]
+    dtype, work = _dtypes(reward, value)
     factors = [x for x in (discount, gae_lambda) if isinstance(x, Tensor)]
-    if _gae_rows.can_estimate(_dtypes(reward, value)[1], *arguments, *factors):
-        arguments += [discount, gae_lambda]
-        return _estimate_in_c(*arguments)
+    if _gae_rows.can_estimate(work, *arguments, *factors):
+        like = value.new_empty(0, dtype=work)
+        numbers = [None if x is None else _number(x, like) for x in (bootstrap_value, next_value)]
+        advantage, value_target = _gae_rows.estimate(
+            *(_number(x, like) for x in (reward, value)),
+            *(mask, terminated, truncated, *numbers),
+            *(_number(x, like) for x in (discount, gae_lambda)),
+        )
+        return AdvantageEstimate(advantage.to(dtype), value_target.to(dtype))
     for x in (discount, gae_lambda):
         arguments.append(x.detach().expand(batch, steps) if isinstance(x, Tensor) and x.ndim else x)
     # A graph must not depend on the number of rows, and a GPU wants all of them at once.
@@ -93,33 +100,6 @@ def generalized_advantage_estimate(
         for i in range(0, batch, rows)
     ]
     return AdvantageEstimate(*[torch.cat(part) for part in zip(*parts, strict=True)])
-
-
-def _estimate_in_c(
-    reward: Tensor,
-    value: Tensor,
-    mask: Tensor,
-    terminated: Tensor,
-    truncated: Tensor | None,
-    bootstrap_value: Tensor | None,
-    next_value: Tensor | None,
-    discount: float | Tensor,
-    gae_lambda: float | Tensor,
-) -> AdvantageEstimate:
-    dtype, work = _dtypes(reward, value)
-    reward, value = reward.detach().to(work), value.detach().to(work)
-    advantage, value_target = _gae_rows.estimate(
-        reward,
-        value,
-        mask,
-        terminated,
-        truncated,
-        None if bootstrap_value is None else bootstrap_value.detach().to(work),
-        None if next_value is None else next_value.detach().to(work),
-        _number(discount, value),
-        _number(gae_lambda, value),
-    )
-    return AdvantageEstimate(advantage.to(dtype), value_target.to(dtype))
 
 
 def _dtypes(reward: Tensor, value: Tensor) -> tuple[torch.dtype, torch.dtype]:
