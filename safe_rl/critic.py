@@ -10,9 +10,10 @@ from safe_rl.keys import at_least_float32
 class SoftMinCritic(nn.Module):
     """K value heads on hidden states; their soft-min is the pessimistic value.
 
-        values_k = W2_k GELU(W1_k LayerNorm(h))        value = soft_min(values, temperature)
+        values_k = w2_k . GELU(W1_k LayerNorm(h))        value = soft_min(values, temperature)
 
-    Heads start near 0 and differ, since their first layers do. Keep the parameters in float32: in
+    The heads' layers are stacked, so that K heads are as many operations as one. Heads start near
+    0 and differ, since their first layers do. Keep the parameters in float32: in
     bfloat16 a value has three digits, whatever it is cast to afterwards.
 
     Args:
@@ -39,22 +40,18 @@ class SoftMinCritic(nn.Module):
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
         self.temperature = temperature
-        self.norm = nn.LayerNorm(hidden_size)
         inner = max(1, hidden_size // 4)
-        self.heads = nn.ModuleList(_head(hidden_size, inner) for _ in range(num_heads))
+        self.norm = nn.LayerNorm(hidden_size)
+        self.first = nn.Linear(hidden_size, num_heads * inner)
+        self.last_weight = nn.Parameter(torch.randn(num_heads, inner) * 0.1 / inner**0.5)
+        self.last_bias = nn.Parameter(torch.zeros(num_heads))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Values of all heads, [..., H] -> [..., K], at least float32."""
-        normed = self.norm(hidden.to(self.norm.weight.dtype))
-        return at_least_float32(torch.cat([head(normed) for head in self.heads], -1))
+        first = self.first(self.norm(hidden.to(self.norm.weight.dtype)))
+        inner = nn.functional.gelu(first).unflatten(-1, self.last_weight.shape)
+        return at_least_float32((inner * self.last_weight).sum(-1) + self.last_bias)
 
     def value(self, hidden: Tensor) -> Tensor:
         """Soft-min of the heads, [..., H] -> [...]."""
         return soft_min(self(hidden), self.temperature)
-
-
-def _head(hidden_size: int, inner: int) -> nn.Sequential:
-    last = nn.Linear(inner, 1)
-    nn.init.normal_(last.weight, std=0.1 / inner**0.5)
-    nn.init.zeros_(last.bias)
-    return nn.Sequential(nn.Linear(hidden_size, inner), nn.GELU(), last)

@@ -200,7 +200,7 @@ def test_the_factors_reach_optimizer_and_law(tmp_path: Path, run, configured, mo
 
 def test_a_stop_has_its_own_exit_code_and_reason(tmp_path: Path, run, configured, capsys) -> None:
     monitor = Monitor(kl_runaway=RUNAWAY, actions={"kl_runaway": ("stop",)})
-    configured(monitor=monitor, policy_learning_rate=0.02)
+    configured(monitor=monitor, policy_learning_rate=0.02, trust_region_limit=None)
     output = tmp_path / "run"
     assert run(output) == 3
     assert len(records(output, "update")) == 2

@@ -41,21 +41,23 @@ def test_against_the_equation():
         hidden.var(-1, correction=0, keepdim=True) + module.norm.eps
     ).sqrt()
     columns = []
-    for head in module.heads:
-        first, _, last = head
-        assert first.weight.shape == (4, 16)
-        inner = normed @ first.weight.T + first.bias
+    for k in range(2):
+        own = slice(4 * k, 4 * (k + 1))
+        inner = normed @ module.first.weight[own].T + module.first.bias[own]
         inner = inner * 0.5 * (1 + torch.erf(inner / 2**0.5))
-        columns.append(inner @ last.weight.T + last.bias)
-    assert_close(module(hidden), torch.cat(columns, -1))
+        columns.append(inner @ module.last_weight[k] + module.last_bias[k])
+    assert module.first.weight.shape == (8, 16)
+    assert_close(module(hidden), torch.stack(columns, -1))
 
 
 def test_each_head_has_parameters_of_its_own():
     module = critic()
     values = module(torch.randn(4, 16))
     values[:, 0].sum().backward()
-    assert all(p.grad.any() for p in module.heads[0].parameters())
-    assert not any(p.grad.any() for p in module.heads[1].parameters())
+    stacked = (*module.first.parameters(), module.last_weight, module.last_bias)
+    for first, second in (p.grad.chunk(2) for p in stacked):
+        assert first.any()
+        assert not second.any()
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e3])
