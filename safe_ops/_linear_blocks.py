@@ -52,14 +52,15 @@ class RowChunk(NamedTuple):
     count: int
     padded: int
 
-    def take(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """[padded, ...], zeros at the end."""
+    def take(self, x: Tensor, dtype: torch.dtype, *, filling: float = 0.0) -> Tensor:
+        """[padded, ...], the filling at the end."""
         # Detached: compiling looks at what a view of a saved result would have as its gradient.
         picked = x.detach()[self.rows]
         if self.count == self.padded:
             # Of one number a row a copy: compiling would tell a view of some from one of all.
             return picked.to(dtype, copy=x.ndim == 1)
-        filled = torch.zeros(self.padded, *x.shape[1:], dtype=dtype, device=x.device)
+        shape = self.padded, *x.shape[1:]
+        filled = torch.full(shape, filling, dtype=dtype, device=x.device)
         filled[: self.count] = picked
         return filled
 
@@ -119,6 +120,8 @@ def check_tokens(hidden: Tensor, tokens: Tensor) -> None:
             "tokens must have the shape of hidden without its last dimension, "
             f"got tokens {tuple(tokens.shape)} and hidden {tuple(hidden.shape)}"
         )
+    if tokens.device != hidden.device:
+        raise ValueError(f"tokens must be where hidden is, got {tokens.device} and {hidden.device}")
 
 
 def check_range(tokens: Tensor, mask: Tensor | None, vocabulary: int) -> None:

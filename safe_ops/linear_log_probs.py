@@ -153,8 +153,12 @@ def _backward(
         tile = tile or blocks.Tile(hidden, weight, chunk.padded, block_size)
         states = chunk.take(hidden, tile.dtype)
         ids = chunk.take(tokens, torch.int64)
-        log_prob, entropy, highest, log_total, g, g_entropy = (
-            chunk.take(x, dtype) for x in (*results, grad_log_prob, grad_entropy)
+        log_prob, entropy, highest, log_total = results
+        # The logits of filling rows are the bias, whose exponential may be infinite.
+        highest = chunk.take(highest, dtype, filling=torch.finfo(dtype).max)
+        log_prob, entropy, log_total, g, g_entropy = (
+            chunk.take(x, dtype)
+            for x in (log_prob, entropy, log_total, grad_log_prob, grad_entropy)
         )
         made = chosen.coefficients(log_prob, entropy, g, g_entropy, scale)
         rows = chosen.RowSlopes(highest, log_total, *made)

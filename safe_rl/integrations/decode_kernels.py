@@ -92,6 +92,10 @@ def decode_layers(
     how = _attention(cos, sin, cache[0], visible, heads=heads, scale=scale)
     rows, size = hidden.shape
     kernel, first = kernels(), layers[0]
+    if size != first.attention_out.width:
+        raise ValueError(
+            f"hidden must be [B, {first.attention_out.width}], got {size} numbers a row"
+        )
     widths = {
         "normed": size,
         "mixed": kernel.padded(first.query_key_value.width),
@@ -135,7 +139,13 @@ def attend_one(
     require("mixed", mixed)
     mixed = mixed.contiguous()
     key_heads, size = cache.shape[2], cache.shape[4]
-    heads = mixed.shape[-1] // size - 2 * key_heads
+    heads, rest = divmod(mixed.shape[-1], size)
+    heads -= 2 * key_heads
+    if mixed.shape[:-1] != cache.shape[1:2] or rest or heads < 1 or heads % key_heads:
+        raise ValueError(
+            "mixed must be [B, (heads + 2 key heads) * D], heads a multiple of the key heads of "
+            f"the cache {tuple(cache.shape)}, got {tuple(mixed.shape)}"
+        )
     how = _attention(cos, sin, cache, visible, heads=heads, scale=scale)
     seen = mixed.new_empty(len(mixed), heads * size)
     kernels().attend_one(
@@ -156,6 +166,10 @@ def _attention(
             f"visible must be bool [B, L] of the cache {tuple(cache.shape)}, "
             f"got {visible.dtype} {tuple(visible.shape)}"
         )
+    turn = cache.shape[1], cache.shape[4]
+    for name, x in {"cos": cos, "sin": sin}.items():
+        if x.shape != turn:
+            raise ValueError(f"{name} must be [B, D], {turn}, got {tuple(x.shape)}")
     for name, x in {"cos": cos, "sin": sin, "visible": visible}.items():
         if not x.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {x.stride()}")
@@ -183,10 +197,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         float32 [..., H].
 
     Raises:
-        ValueError: an input is not float32 on a CPU.
+        ValueError: an input is not float32 on a CPU, or of another shape.
     """
     require("x", x)
     require("weight", weight)
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight must be {tuple(x.shape[-1:])} as x, got {tuple(weight.shape)}")
     x, weight = x.contiguous(), weight.contiguous()
     y, rows, size = torch.empty_like(x), math.prod(x.shape[:-1]), x.shape[-1]
     kernels().rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), rows, size, eps)

@@ -113,19 +113,28 @@ class LlamaDecoder:
         self._head_size = attention.head_dim
         self._groups = attention.num_key_value_groups
         self._scaling = attention.scaling
-        self._embed = language_model.get_input_embeddings()
+        self._language_model = language_model
         self._rotary = backbone.rotary_emb
         self._norm = backbone.norm
-        head = language_model.get_output_embeddings()
-        # The head is the largest matrix: copied only where an adapter changes it or it is packed.
-        own_head = type(head) is nn.Linear and not can_pack(head.weight)
-        self._head = head if own_head else MergedLinear([head])
+        self._own_head: nn.Module | None = None
+        self._take_vocabulary()
         self._layers = [_fuse(layer) for layer in backbone.layers]
         self._read: list[tuple[int, torch.dtype]] = []
         self._steps = GraphedSteps(most=0)
 
+    def _take_vocabulary(self) -> None:
+        """Embedding and head, which a model exchanges when its vocabulary grows."""
+        self._embed = self._language_model.get_input_embeddings()
+        head, before = self._language_model.get_output_embeddings(), self._own_head
+        if head is before:
+            return
+        # The head is the largest matrix: copied only where an adapter changes it or it is packed.
+        plain = type(head) is nn.Linear and not can_pack(head.weight)
+        self._own_head, self._head = head, head if plain else MergedLinear([head])
+
     def refresh(self) -> None:
         """Take over the model's present weights, adapters merged."""
+        self._take_vocabulary()
         for layer in self._layers:
             for part in layer:
                 if isinstance(part, MergedLinear):
@@ -210,8 +219,8 @@ class LlamaDecoder:
         decode_layers(
             [_where(layer) for layer in self._layers],
             hidden,
-            cos.contiguous(),
-            sin.contiguous(),
+            cos[:, 0].contiguous(),
+            sin[:, 0].contiguous(),
             self._cache[:, :, :rows, :, :seen],
             visible.contiguous(),
             heads=self._groups * self._key_heads,
@@ -235,9 +244,10 @@ class LlamaDecoder:
         """(queries, keys and values of the new tokens, a layer's cache) -> what they see."""
         batch, steps = cos.shape[:2]
         if steps == 1 and self._has_kernels:
-            cos, sin, visible = cos.contiguous(), sin.contiguous(), visible.contiguous()
+            cos, sin = cos[:, 0].contiguous(), sin[:, 0].contiguous()
+            visible = visible.contiguous()
             return lambda mixed, cache: attend_one(
-                mixed, cos, sin, cache, visible, scale=self._scaling
+                mixed[:, 0], cos, sin, cache, visible, scale=self._scaling
             ).unsqueeze(1)
         bias = self._attention_bias(visible, place, cos.dtype)
         half = self._head_size // 2

@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from safe_rl.integrations.packed_linear import can_pack, pack, packed_linear
+from safe_rl.integrations.packed_linear import can_pack, pack, packed_linear, packed_shape
 
 
 def is_mergeable(projection: nn.Module) -> bool:
@@ -73,7 +73,7 @@ class MergedLinear(nn.Module):
         self._sources = tuple(projections)
         bases = [_base(projection) for projection in projections]
         self.in_features = bases[0].in_features
-        self.out_features = sum(base.out_features for base in bases)
+        self.out_features = self._height()
         self.packed = False
         """Whether ``weight`` is in the order of ``packed_linear``; of the last ``refresh``."""
         self.weight: Tensor
@@ -88,32 +88,42 @@ class MergedLinear(nn.Module):
         """Write the sources' present weights, adapters merged, into the own ones."""
         like = _base(self._sources[0]).weight
         self.to(like.device, like.dtype)  # does nothing unless the sources have been moved
-        self.packed, was_packed = can_pack(like), self.packed
-        own = self.weight if self.weight.numel() and self.packed == was_packed else None
-        if self.packed:
-            self.weight = pack(self._merge(None), own)
-        else:
-            shape = self.out_features, self.in_features
-            self.weight = self._merge(like.new_empty(shape) if own is None else own)
-        if self.bias is not None:
-            for rows, source in self._rows():
-                bias = _base(source).bias
-                self.bias[rows] = 0 if bias is None else bias
+        # What is made in inference mode could not be written outside of it.
+        with torch.inference_mode(False):
+            self._write(like)
 
-    def _merge(self, out: Tensor | None) -> Tensor:
-        if out is None and len(self._sources) == 1 and type(self._sources[0]) is nn.Linear:
-            return self._sources[0].weight
-        if out is None:
-            like = _base(self._sources[0]).weight
-            out = like.new_empty(self.out_features, self.in_features)
+    def _write(self, like: Tensor) -> None:
+        shape = self.out_features, _ = self._height(), like.shape[1]
+        self.packed = can_pack(like)
+        held = packed_shape(*shape) if self.packed else shape
+        own = self.weight if self.weight.shape == held else None
+        if not self.packed:
+            self.weight = self._merge(like.new_empty(shape) if own is None else own)
+        elif len(self._sources) == 1 and type(self._sources[0]) is nn.Linear:
+            self.weight = pack(like, own)
+        else:
+            self.weight = pack(self._merge(like.new_empty(shape)), own)
+        if self.bias is None:
+            return
+        if len(self.bias) != self.out_features:
+            self.bias = self.bias.new_empty(self.out_features)
+        for rows, source in self._rows():
+            bias = _base(source).bias
+            self.bias[rows] = 0 if bias is None else bias
+
+    def _merge(self, out: Tensor) -> Tensor:
         for rows, source in self._rows():
             _write_merged(source, out[rows])
         return out
 
+    def _height(self) -> int:
+        """Outputs of all sources together, now: a vocabulary may grow."""
+        return sum(len(_base(source).weight) for source in self._sources)
+
     def _rows(self) -> Iterator[tuple[slice, nn.Module]]:
         start = 0
         for source in self._sources:
-            end = start + _base(source).out_features
+            end = start + len(_base(source).weight)
             yield slice(start, end), source
             start = end
 

@@ -29,17 +29,27 @@ def pack(weight: Tensor, packed: Tensor | None = None) -> Tensor:
         float32 [panels, K, columns of a panel]; the O outputs are divided into panels.
 
     Raises:
-        ValueError: the weight is not float32 on a CPU.
+        ValueError: the weight is not float32 on a CPU, or ``packed`` is of one of another shape.
     """
     require("weight", weight)
     kernel = kernels()
     weight, (width, depth) = weight.detach().contiguous(), weight.shape
-    columns = kernel.columns()
+    shape = packed_shape(width, depth)
     if packed is None:
-        packed = weight.new_empty(-(-width // columns), depth, columns)
+        packed = weight.new_empty(shape)
+    elif packed.shape != shape:
+        raise ValueError(
+            f"packed must be {shape} for a weight {tuple(weight.shape)}, got {tuple(packed.shape)}"
+        )
     threads = torch.get_num_threads()
     kernel.pack(weight.data_ptr(), width, depth, packed.data_ptr(), threads)
     return packed
+
+
+def packed_shape(width: int, depth: int) -> tuple[int, int, int]:
+    """Of a packed weight [width, depth]: panels, depth, columns of a panel."""
+    columns = kernels().columns()
+    return -(-width // columns), depth, columns
 
 
 def packed_linear(x: Tensor, packed: Tensor, *, width: int) -> Tensor:

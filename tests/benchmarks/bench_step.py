@@ -120,7 +120,9 @@ def stages(title: str, found: Found, peaks: dict[str, float], tokens: int) -> Ta
     rows.append(row("whole", (1e3 * x for x in whole.values()), 1))
     rows.append(row("whole, of SAFE's", (x / whole["SAFE"] for x in whole.values()), 3))
     walls = {
-        name: statistics.quantiles([update["wall"] for update in updates], n=100)
+        name: statistics.quantiles(
+            [update["wall"] for update in updates], n=100, method="inclusive"
+        )
         for name, updates in found.items()
     }
     for place in (50, 95):

@@ -144,6 +144,23 @@ def test_weird_shapes(shape: tuple[int, ...]) -> None:
     assert not torch.autograd.grad(kl.sum(), hidden)[0].any()
 
 
+def test_every_token_masked() -> None:
+    x = [t.requires_grad_() for t in inputs("random")]
+    kl = linear_kl(*x, mask=torch.zeros(40).bool())
+    assert not any(t.any() for t in (kl, *gradients(kl, x)))
+
+
+def test_autocast_and_checkpointing() -> None:
+    x = [t.requires_grad_() for t in inputs("random")]
+    plain = gradients(linear_kl(*x), x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = linear_kl(*x)
+    again = torch.utils.checkpoint.checkpoint(linear_kl, *x, use_reentrant=False)
+    for kl in (found, again):
+        assert kl.dtype == torch.float32
+        assert all(torch.equal(a, b) for a, b in zip(gradients(kl, x), plain, strict=True))
+
+
 H, W = torch.zeros(2, 3, 4), torch.zeros(5, 4)
 ERRORS = {
     "integer": ((H.long(), W, H, W), {}, ["hidden must be floating", "int64"]),

@@ -298,6 +298,22 @@ def test_every_token_masked() -> None:
     assert not any(t.any() for t in (*found, *gradients(found, x)))
 
 
+@pytest.mark.parametrize("backend", [None, "inductor"])
+@pytest.mark.parametrize("N", [5, 40])
+def test_a_bias_whose_exponential_is_infinite(backend: str | None, N: int) -> None:
+    """Rows that fill up a chunk have it as their logit, and no gradient."""
+    set_compile_backend(backend)
+    x = inputs("peaked", N=N)
+    x["bias"] *= 2
+    x = leaves(x, torch.float32)
+    y = {name: t.detach().double() if t.is_floating_point() else t for name, t in x.items()}
+    y = leaves(y, torch.float64)
+    found = linear_log_probs(**x, temperature=0.7, block_size=BLOCK)
+    truth = naive(y["hidden"] / 0.7, y["weight"], y["tokens"], y["bias"] / 0.7)
+    for a, b in zip(gradients(found, x), gradients(truth, y), strict=True):
+        torch.testing.assert_close(a, b.float(), rtol=1e-4, atol=1e-4)
+
+
 def test_entropy_of_large_logits() -> None:
     # Rounding at 1000 is in the logits; what is compared comes from the same ones.
     x = inputs("random")
@@ -434,6 +450,7 @@ ERRORS: dict[str, tuple[tuple[Tensor, Tensor, Tensor], dict[str, object], list[s
     "width": ((H, W[:, :3], IDS), {}, ["hidden", "weight", "(2, 3, 4)", "(5, 3)"]),
     "vocabulary": ((H, W[:0], IDS), {}, ["weight must have a vocabulary", "(0, 4)"]),
     "float-tokens": ((H, W, H[..., 0]), {}, ["tokens must be int64", "float32"]),
+    "token-device": ((H, W, IDS.to("meta")), {}, ["tokens must be where hidden is", "meta", "cpu"]),
     "token-shape": ((H, W, IDS[:1]), {}, ["tokens", "(1, 3)", "(2, 3, 4)"]),
     "high-token": ((H, W, IDS + 5), {}, ["tokens must be in [0, V)", "V = 5", "got 5"]),
     "low-token": ((H, W, IDS - 1), {}, ["tokens must be in [0, V)", "got -1"]),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from safe_ops import _linear_blocks as blocks
-from safe_ops import linear_log_probs, linear_loss
+from safe_ops import linear_log_probs, linear_loss, set_compile_backend
 from safe_ops import linear_loss as op
 from tests.safe_ops.test_linear_log_probs import inputs, naive
 
@@ -59,7 +59,9 @@ def test_value_and_gradients_are_those_of_linear_log_probs(
         torch.testing.assert_close(a, b, rtol=1e-4, atol=atol)
 
 
-def test_gradients_against_float64() -> None:
+@pytest.mark.parametrize("backend", [None, "inductor"])
+def test_gradients_against_float64(backend: str | None) -> None:
+    set_compile_backend(backend)
     hidden, weight, tokens = problem(torch.float32)
     loss = linear_loss(hidden, weight, tokens, token_loss, block_size=16)
     y = [t.detach().double().requires_grad_() for t in (hidden, weight)]
@@ -110,6 +112,27 @@ def test_no_gradient_and_frozen_head() -> None:
     frozen = linear_loss(hidden, weight.detach(), tokens, token_loss)
     slopes = [torch.autograd.grad(loss, hidden)[0] for loss in (frozen, expected)]
     assert torch.equal(*slopes)
+
+
+def test_every_token_masked() -> None:
+    hidden, weight, tokens = problem(torch.float32)
+    never = torch.zeros(40, dtype=torch.bool)
+    loss = linear_loss(hidden, weight, tokens, token_loss, mask=never)
+    assert not any(x.any() for x in (loss, *torch.autograd.grad(loss, (hidden, weight))))
+
+
+def test_autocast_and_checkpointing() -> None:
+    hidden, weight, tokens = problem(torch.float32)
+    plain = torch.autograd.grad(linear_loss(hidden, weight, tokens, token_loss), (hidden, weight))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_loss(hidden, weight, tokens, token_loss)
+    again = torch.utils.checkpoint.checkpoint(
+        linear_loss, hidden, weight, tokens, token_loss, use_reentrant=False
+    )
+    for found in (loss, again):
+        assert found.dtype == torch.float32
+        for a, b in zip(torch.autograd.grad(found, (hidden, weight)), plain, strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("N", [0, 1])

@@ -125,6 +125,20 @@ def test_what_is_not_float32_is_refused() -> None:
         attend_one(mixed, turn, turn, cache.transpose(3, 4).contiguous().mT, visible, scale=1.0)
 
 
+def test_what_has_another_shape_is_refused() -> None:
+    cache, turn = torch.zeros(2, 2, 1, 3, 4), torch.ones(2, 4)
+    visible, mixed = torch.ones(2, 3, dtype=torch.bool), torch.ones(2, 12)
+    for wrong in (mixed[:1], mixed[:, :11], mixed[:, :8], mixed.unsqueeze(1)):
+        with pytest.raises(ValueError, match=r"mixed must be \[B, .*, got \("):
+            attend_one(wrong, turn, turn, cache, visible, scale=1.0)
+    with pytest.raises(ValueError, match=r"cos must be \[B, D\], \(2, 4\), got \(1, 4\)"):
+        attend_one(mixed, turn[:1], turn, cache, visible, scale=1.0)
+    with pytest.raises(ValueError, match=r"sin must be \[B, D\], \(2, 4\), got \(2, 2\)"):
+        attend_one(mixed, turn, turn[:, :2], cache, visible, scale=1.0)
+    with pytest.raises(ValueError, match=r"weight must be \(8,\) as x, got \(4,\)"):
+        rms_norm(torch.ones(3, 8), torch.ones(4), 1e-5)
+
+
 def test_rows_of_no_width() -> None:
     assert rms_norm(torch.ones(3, 0), torch.ones(0), 1e-5).shape == (3, 0)
 

@@ -77,6 +77,25 @@ def test_logits_equal_the_models_own(build, dtype: torch.dtype, tolerance: float
         torch.testing.assert_close(got, expected, rtol=0, atol=tolerance)
 
 
+@pytest.mark.filterwarnings("ignore:The new embeddings will be initialized")
+@pytest.mark.parametrize("build", [models.llama, models.qwen2])  # tied, and with a head of its own
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_vocabulary_that_has_grown(build, sampled: bool) -> None:
+    model = build()
+    decoder = LlamaDecoder(model)
+    if sampled:
+        decoder.refresh()
+    model.resize_token_embeddings(75)
+    decoder.refresh()
+    decoder.start(1, 2)
+    tokens, places = torch.tensor([[70, 5]]), torch.tensor([[0, 1]])
+    with torch.no_grad():
+        got = decoder.extend(tokens, places, places >= 0)
+        expected = model(tokens).logits[:, -1]
+    assert got.shape == (1, 75)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
 def test_padding_that_holds_nan_reaches_no_other_token() -> None:
     """A padded place is not seen, whatever its embedding."""
     model = models.llama()

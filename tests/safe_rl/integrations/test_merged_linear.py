@@ -86,6 +86,28 @@ def test_a_refresh_follows_a_change_of_dtype() -> None:
     assert torch.equal(merged.bias, layer.bias)
 
 
+def test_a_refresh_follows_a_layer_that_has_grown() -> None:
+    layer = nn.Linear(2, 3)
+    merged = MergedLinear([layer, nn.Linear(2, 1)])
+    merged.refresh()
+    grown = nn.Linear(2, 70)
+    layer.weight.data, layer.bias.data = grown.weight.data, grown.bias.data
+    merged.refresh()
+    torch.testing.assert_close(weight_of(merged)[:70], grown.weight)
+    assert torch.equal(merged.bias[:70], grown.bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # packed where it can be, and not
+def test_refreshed_in_inference_mode_and_then_outside_of_it(dtype: torch.dtype) -> None:
+    layer = nn.Linear(2, 3, dtype=dtype)
+    merged = MergedLinear([layer])
+    with torch.inference_mode():
+        merged.refresh()
+    nn.init.constant_(layer.weight, 2.0)
+    merged.refresh()
+    assert torch.equal(weight_of(merged), layer.weight)
+
+
 def test_the_copy_is_no_part_of_the_state() -> None:
     layer = nn.Linear(2, 3)
     assert not MergedLinear([layer]).state_dict()

@@ -99,6 +99,8 @@ def test_errors_name_the_argument() -> None:
             pack(torch.ones(3, 2, dtype=dtype))
     with pytest.raises(ValueError, match="x must need no gradient"):
         packed_linear.packed_linear(torch.ones(4, 2, requires_grad=True), packed, width=3)
+    with pytest.raises(ValueError, match=r"packed must be .* for a weight \(300, 2\), got \(1, 2"):
+        pack(torch.ones(300, 2), packed)
 
 
 def test_without_a_compiler_the_product_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
