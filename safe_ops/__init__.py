@@ -1,7 +1,7 @@
 """Pure tensor functions and control laws for RLHF; torch and nothing else."""
 
 from safe_ops.clipped_policy import ClippedPolicyTerms, clipped_policy_loss, clipped_policy_terms
-from safe_ops.compilation import compile_backend, set_compile_backend
+from safe_ops.compilation import compile_backend, compile_with, set_compile_backend
 from safe_ops.gae import AdvantageEstimate, generalized_advantage_estimate
 from safe_ops.gated_kl import entropy_gate, gated_kl_penalty, momentum_penalty, token_kl_penalty
 from safe_ops.kl import (
@@ -29,6 +29,7 @@ __all__ = [
     "clipped_policy_loss",
     "clipped_policy_terms",
     "compile_backend",
+    "compile_with",
     "entropy_gate",
     "explained_variance",
     "fill_masked",

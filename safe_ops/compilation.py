@@ -27,7 +27,7 @@ _chosen: list[str | None] = ["auto"]
 def compile_with(
     function: F, backend: str | None, *, dynamic: bool | None = True, fullgraph: bool = True
 ) -> F:
-    """What a ``compile=`` setting means, everywhere: None leaves a function as it is.
+    """Compile a loss, a module or a whole loss part, by a backend's name; None leaves it as it is.
 
     Compilation happens at the first call. ``"aot_eager"`` captures the graph and runs it op by op:
     for finding what does not compile in seconds. ``"inductor"`` makes the fast code.

@@ -1,4 +1,4 @@
-"""What a ``compile=`` setting means."""
+"""What compiling with a backend, or with none, gives."""
 
 from collections.abc import Callable, Iterator
 

@@ -67,8 +67,8 @@ ARGUMENTS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
 }
 
 
-# A choice, and a loss that calls back into Python (it says so).
-NOT_OPS = {"compile_backend", "set_compile_backend", "linear_loss"}
+# A choice of what compiles, and a loss that calls back into Python (it says so).
+NOT_OPS = {"compile_backend", "compile_with", "set_compile_backend", "linear_loss"}
 
 
 def public_ops() -> list[str]:
