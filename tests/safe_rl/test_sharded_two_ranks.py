@@ -38,6 +38,8 @@ from tests.tiny_models import llama_config
 pytestmark = pytest.mark.slow
 
 UPDATES = 3
+SEEDS = {False: 18, True: 2}
+"""Of untied and of tied embeddings."""
 # Two rows a rank; rank 0 has 9 response tokens, rank 1 has 3, and each pads to its own longest.
 # 1 is the EOS, and the padding.
 PROMPTS = [[3, 4], [5, 6, 7], [8], [9, 3, 2, 4]]
@@ -54,14 +56,14 @@ class Parts(NamedTuple):
 
 def parts(*, tied: bool) -> tuple[CausalLMActorCritic, CausalLMActorCritic]:
     """Policy and reference, the same on every rank; float64, where Adam hides no difference."""
-    torch.manual_seed(2 if tied else 4)  # with a KL above the threshold
-    networks = []
-    for _ in range(2):
-        config = llama_config(16)
-        config.tie_word_embeddings = tied
-        language_model = LlamaForCausalLM(config)
-        network = CausalLMActorCritic(language_model, SoftMinCritic(config.hidden_size))
-        networks.append(network.double().eval())
+    torch.manual_seed(SEEDS[tied])  # with a KL above the threshold
+    config = llama_config(16)
+    config.tie_word_embeddings = tied
+    models = [LlamaForCausalLM(config) for _ in range(2)]
+    networks = [
+        CausalLMActorCritic(model, SoftMinCritic(config.hidden_size)).double().eval()
+        for model in models
+    ]
     policy, reference = networks
     return policy, reference.requires_grad_(False)
 
