@@ -83,13 +83,13 @@ class MergedLinear(nn.Module):
         bias = bases[0].weight.new_zeros(self.out_features) if has_bias else None
         self.register_buffer("bias", bias, persistent=False)
 
-    @torch.no_grad()
     def refresh(self) -> None:
         """Write the sources' present weights, adapters merged, into the own ones."""
         like = _base(self._sources[0]).weight
-        self.to(like.device, like.dtype)  # does nothing unless the sources have been moved
-        # What is made in inference mode could not be written outside of it.
-        with torch.inference_mode(False):
+        # What is made in inference mode could not be written outside of it; leaving it, gradients
+        # are recorded.
+        with torch.inference_mode(False), torch.no_grad():
+            self.to(like.device, like.dtype)  # does nothing unless the sources have been moved
             self._write(like)
 
     def _write(self, like: Tensor) -> None:
@@ -105,7 +105,7 @@ class MergedLinear(nn.Module):
             self.weight = pack(self._merge(like.new_empty(shape)), own)
         if self.bias is None:
             return
-        if len(self.bias) != self.out_features:
+        if len(self.bias) != self.out_features or self.bias.is_inference():
             self.bias = self.bias.new_empty(self.out_features)
         for rows, source in self._rows():
             bias = _base(source).bias

@@ -98,14 +98,15 @@ def test_a_refresh_follows_a_layer_that_has_grown() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # packed where it can be, and not
-def test_refreshed_in_inference_mode_and_then_outside_of_it(dtype: torch.dtype) -> None:
+def test_made_in_inference_mode_and_refreshed_outside_of_it(dtype: torch.dtype) -> None:
     layer = nn.Linear(2, 3, dtype=dtype)
-    merged = MergedLinear([layer])
     with torch.inference_mode():
+        merged = MergedLinear([layer])
         merged.refresh()
     nn.init.constant_(layer.weight, 2.0)
     merged.refresh()
     assert torch.equal(weight_of(merged), layer.weight)
+    assert not (merged.weight.requires_grad or merged.bias.requires_grad)
 
 
 def test_the_copy_is_no_part_of_the_state() -> None:
