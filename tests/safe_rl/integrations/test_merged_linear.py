@@ -106,7 +106,8 @@ def test_made_in_inference_mode_and_refreshed_outside_of_it(dtype: torch.dtype) 
     nn.init.constant_(layer.weight, 2.0)
     merged.refresh()
     assert torch.equal(weight_of(merged), layer.weight)
-    assert not (merged.weight.requires_grad or merged.bias.requires_grad)
+    assert not merged.weight.requires_grad
+    assert not merged.bias.requires_grad
 
 
 def test_the_copy_is_no_part_of_the_state() -> None:
