@@ -124,8 +124,13 @@ def test_every_token_masked() -> None:
 def test_autocast_and_checkpointing() -> None:
     hidden, weight, tokens = problem(torch.float32)
     plain = torch.autograd.grad(linear_loss(hidden, weight, tokens, token_loss), (hidden, weight))
+
+    def in_float32(log_prob: Tensor, entropy: Tensor, index: Tensor) -> Tensor:
+        assert not torch.is_autocast_enabled("cpu")
+        return token_loss(log_prob, entropy, index)
+
     with torch.autocast("cpu", torch.bfloat16):
-        loss = linear_loss(hidden, weight, tokens, token_loss)
+        loss = linear_loss(hidden, weight, tokens, in_float32)
     again = torch.utils.checkpoint.checkpoint(
         linear_loss, hidden, weight, tokens, token_loss, use_reentrant=False
     )
