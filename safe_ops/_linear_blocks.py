@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from safe_ops._linear_rows import take_pages
+
 
 class Room(NamedTuple):
     """How much is worked on at a time. Constants, so that a token's sums are always taken in the
@@ -241,10 +243,12 @@ def add_product(target: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def write_product(target: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """Like ``add_product``; the first time the target is written without being read."""
+    """Like ``add_product``; the first time the target, contiguous, is only written."""
     if not first:
         add_product(target, a, b)
-    elif target.dtype == b.dtype:
+        return
+    take_pages(target)
+    if target.dtype == b.dtype:
         torch.mm(a.to(b.dtype), b, out=target)
     else:
         target.copy_(torch.mm(a.to(b.dtype), b))

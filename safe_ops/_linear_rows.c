@@ -1,4 +1,4 @@
-/* Sums over the rows of a block of float32 logits, and their slopes in place.
+/* Sums over the rows of a block of float32 logits, their slopes in place, and memory for both.
 
    What torch.compile makes of the same bodies calls a function for each vector's exponential and
    waits for one maximum after another. A row is read twice for its sums, from the core's cache the
@@ -222,4 +222,10 @@ void row_pairs_to_slopes(long rows, long columns, long stride, float scale, int 
       if (ref_needed) store(ref_row + j, g * (exp_of(log_q) - p), left);
     }
   }
+}
+
+/* Zero in every page of memory that holds nothing yet. */
+void take_pages(long bytes, long page, int threads, char *memory) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && bytes >= LARGE)
+  for (long i = 0; i < bytes; i += page) memory[i] = 0;
 }

@@ -1,10 +1,11 @@
-"""What is done to a block of logits: sums over its rows, and slopes in its place.
+"""What is done to a block of logits: sums over its rows, and slopes in its place; their memory.
 
 In C for float32 on a CPU, where there is a compiler for it; else by bodies for torch.compile.
 """
 
 import ctypes
 import functools
+import mmap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -65,6 +66,19 @@ def turn_pair_into_slopes(
         )
 
 
+def take_pages(memory: Tensor) -> None:
+    """Have the system hand out contiguous memory that holds nothing yet; some of it becomes 0.
+
+    Else a product that writes there is stopped at every page, and the system's zeros push what it
+    multiplies out of the cache.
+    """
+    library = _library() if memory.is_cpu and compile_backend() == "inductor" else None
+    if library is not None:
+        library.take_pages(
+            memory.nbytes, mmap.PAGESIZE, torch.get_num_threads(), *_pointers(memory)
+        )
+
+
 def _kernels(*logits: Tensor) -> ctypes.CDLL | None:
     """The C functions, where they can work on these logits and compiling is chosen."""
     z = logits[0]
@@ -89,6 +103,7 @@ def _library() -> ctypes.CDLL | None:
     found.absorb_rows.argtypes = [*layout, *[pointer] * 2, number, *[pointer] * 4]
     found.rows_to_slopes.argtypes = [*layout, *[pointer] * 2, number, *[pointer] * 5]
     found.absorb_row_pairs.argtypes = [*layout, *[pointer] * 7]
+    found.take_pages.argtypes = [number, number, ctypes.c_int, pointer]
     found.row_pairs_to_slopes.argtypes = [*layout, *[pointer] * 8, ctypes.c_int]
     return found
 

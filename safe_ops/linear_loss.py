@@ -7,6 +7,7 @@ from torch import Tensor
 
 from safe_ops import _linear_blocks as blocks
 from safe_ops import _linear_chosen as chosen
+from safe_ops._linear_rows import take_pages
 
 TokenLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -197,6 +198,8 @@ class _LogitStore:
         self.first_rows, self._apart_at_first = self.rows, 0
         if d_weight.shape == weight.shape and d_weight.dtype == self._tile(0).logits_dtype:
             self._plan_first_chunk(min(block_size, weight.shape[0]))
+        if self._apart_at_first:
+            take_pages(d_weight)
 
     def _plan_first_chunk(self, block: int) -> None:
         """Its rows, and how many of its blocks lie apart: the most rows of all such numbers.
@@ -245,6 +248,7 @@ class _LogitStore:
         if self._kept.nbytes < most:
             size = most // one.logits_dtype.itemsize
             self._kept = self._kept.new_empty(size, dtype=one.logits_dtype)
+            take_pages(self._kept)
         return self._in_memory(rows, self._kept)[:count]
 
     def _in_memory(self, rows: int, memory: Tensor) -> list[blocks.Tile]:

@@ -1,6 +1,9 @@
 """The C functions on a block's logits against the bodies in float64, and where there are none."""
 
-from collections.abc import Iterator, Sequence
+import mmap
+import resource
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import pytest
@@ -10,7 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from safe_ops import _linear_blocks as blocks
-from safe_ops import _linear_rows, linear_kl, set_compile_backend
+from safe_ops import (
+    _linear_rows,
+    linear_kl,
+    linear_log_probs,
+    linear_loss,
+    set_compile_backend,
+)
 from tests.strategies import PROPERTY
 
 needs_compiler = pytest.mark.skipif(_linear_rows._library() is None, reason="no C compiler")
@@ -155,3 +164,55 @@ def test_where_nothing_compiles_the_bodies_give_the_same(monkeypatch: pytest.Mon
     monkeypatch.setattr(_linear_rows, "_library", lambda: pytest.fail("must not be asked"))
     for x, y in zip(compiled, flat(all_of(z, ref_z, tokens, 0.7, 64)), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 2])
+def test_takes_every_page_before_something_is_written_there(threads: int) -> None:
+    set_compile_backend("inductor")
+    pages, before = 500, torch.get_num_threads()
+    memory = torch.frombuffer(mmap.mmap(-1, pages * mmap.PAGESIZE), dtype=torch.float32)
+    faults = [page_faults()]
+    try:
+        torch.set_num_threads(threads)
+        _linear_rows.take_pages(memory)
+    finally:
+        torch.set_num_threads(before)
+    faults.append(page_faults())
+    memory.fill_(1.0)
+    faults.append(page_faults())
+    assert faults[1] - faults[0] >= pages
+    assert faults[2] - faults[1] < pages // 10
+
+
+def page_faults() -> int:
+    """Of this process, so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+OPS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "linear_log_probs": lambda hidden, weight, tokens: linear_log_probs(hidden, weight, tokens)[0],
+    "linear_kl": lambda hidden, weight, tokens: linear_kl(hidden, weight, hidden, weight.detach()),
+    "linear_loss": lambda hidden, weight, tokens: linear_loss(
+        hidden, weight, tokens, lambda log_prob, entropy, index: log_prob, block_size=64
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_no_product_is_the_first_to_write_into_the_gradient_of_a_weight(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[tuple[int, int]] = []
+    for module in (_linear_rows, blocks, sys.modules["safe_ops.linear_loss"]):
+        monkeypatch.setattr(
+            module, "take_pages", lambda x: taken.append((x.data_ptr(), x.data_ptr() + x.nbytes))
+        )
+    hidden, weight = torch.randn(32, 8), torch.randn(1000, 8, requires_grad=True)
+    result = OPS[name](hidden, weight, torch.arange(32)).sum()
+    (grad,) = torch.autograd.grad(result, weight)
+    place, end = grad.data_ptr(), grad.data_ptr() + grad.nbytes
+    for start, stop in sorted(taken):
+        if start <= place:
+            place = max(place, stop)
+    assert place >= end
