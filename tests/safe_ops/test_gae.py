@@ -11,6 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from safe_ops import gae, generalized_advantage_estimate, set_compile_backend
 from safe_ops._gae_rows import can_estimate
+from safe_ops.compilation import compile_backend
 from safe_ops.gae import BLOCK
 from tests.reference.gae_loop import gae_loop
 from tests.strategies import PROPERTY, bool_tensors, tensors
@@ -98,24 +99,24 @@ def test_gae_in_float32(**arguments: Tensor) -> None:
     torch.testing.assert_close(found.value_target, target.float(), rtol=1e-5, atol=3e-5)
 
 
-def long_row(steps: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    """Three rows: holes, ends and cuts everywhere; one step that counts; none."""
+def long_row(steps: int, dtype: torch.dtype = torch.float64, *, rows: int = 3) -> dict[str, Tensor]:
+    """Holes and ends everywhere, but in the second row one step that counts, in the third none."""
     generator = torch.Generator().manual_seed(steps)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
     def sometimes(share: float) -> Tensor:
-        return torch.rand(3, steps, generator=generator) < share
+        return torch.rand(rows, steps, generator=generator) < share
 
     mask = sometimes(0.8)
-    mask[1], mask[2] = torch.arange(steps) == steps // 2, False
+    mask[1:2], mask[2:3] = torch.arange(steps) == steps // 2, False
     return {
-        "reward": normal(3, steps),
-        "value": normal(3, steps),
+        "reward": normal(rows, steps),
+        "value": normal(rows, steps),
         "mask": mask,
         "terminated": sometimes(0.02),
-        "bootstrap_value": normal(3),
+        "bootstrap_value": normal(rows),
     }
 
 
@@ -134,6 +135,16 @@ def test_gae_of_many_blocks_is_the_loop(steps: int, kind: str) -> None:
         arguments |= {"discount": unit, "gae_lambda": unit.flip(1).round(decimals=1)}
     if kind == "next_value":
         arguments |= {"bootstrap_value": None, "next_value": unit}
+    found = generalized_advantage_estimate(**arguments)
+    for a, b in zip(found, gae_loop(**arguments), strict=True):
+        torch.testing.assert_close(a, b, **EXACT)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 6, 9])
+@pytest.mark.parametrize("steps", [127, 128, 129, 300])
+def test_gae_of_any_number_of_rows_is_the_loop(rows: int, steps: int) -> None:
+    arguments: dict[str, Any] = long_row(steps, rows=rows) | {"discount": 0.99}
+    arguments["mask"][-1, steps // 2 :] = True
     found = generalized_advantage_estimate(**arguments)
     for a, b in zip(found, gae_loop(**arguments), strict=True):
         torch.testing.assert_close(a, b, **EXACT)
@@ -282,6 +293,22 @@ def test_gae_ignores_garbage_where_nothing_counts(garbage: float) -> None:
     )
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b.float())
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", ["reward", "value"])
+def test_gae_what_is_not_finite_reaches_the_steps_before_it(name: str, bad: float) -> None:
+    arguments: dict[str, Any] = long_row(300, rows=6)
+    arguments["terminated"][4] = torch.arange(300) == 50
+    arguments["mask"][4] = True
+    clean = generalized_advantage_estimate(**arguments).advantage
+    arguments[name][4, 200] = bad
+    found = generalized_advantage_estimate(**arguments).advantage
+    assert not found[4, 51:201].isfinite().any()
+    # In C an end stops it; with torch's operations all steps before it are spoilt.
+    spoilt = torch.zeros(6, 300).bool()
+    spoilt[4, (51 if compile_backend() == "inductor" else 0) : 201] = True
+    torch.testing.assert_close(found[~spoilt], clean[~spoilt], rtol=0, atol=0)
 
 
 def test_gae_episodes_in_one_row_do_not_mix() -> None:
