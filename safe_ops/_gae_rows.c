@@ -1,6 +1,6 @@
 /* Advantages and value targets of rows of steps, from the last step to the first. REAL is float or
    double. Chunk by chunk: what waits for no other step goes over many of them at a time, the
-   recurrence that is left over a few rows side by side. No branch depends on a step's flags. */
+   recurrence that is left over a few rows side by side. No branch depends on the flags of one step. */
 
 #include <stddef.h>
 #include <stdint.h>
@@ -38,14 +38,16 @@ INLINE void fetch(const void *memory, long bytes) {
   for (long i = 0; i < bytes; i += LINE) __builtin_prefetch((const char *)memory + i, 0, 2);
 }
 
-/* Into the cache: processors do not look ahead where each row goes backwards in pieces. */
-INLINE void fetch_chunk(const Arguments *a, long i) {
-  const long numbers = CHUNK * sizeof(REAL);
+/* The chunk that ends there, into the cache: processors do not look ahead where each row goes
+   backwards in pieces. */
+INLINE void fetch_chunk(const Arguments *a, long row, long end) {
+  long first = end > CHUNK ? end - CHUNK : 0, count = end - first, i = row * a->steps + first;
+  const long numbers = count * sizeof(REAL);
   fetch(a->reward + i, numbers);
   fetch(a->value + i, numbers);
-  fetch(a->mask + i, CHUNK);
-  fetch(a->terminated + i, CHUNK);
-  if (a->truncated != NULL) fetch(a->truncated + i, CHUNK);
+  fetch(a->mask + i, count);
+  fetch(a->terminated + i, count);
+  if (a->truncated != NULL) fetch(a->truncated + i, count);
   fetch(a->advantage + i, numbers);
   fetch(a->target + i, numbers);
 }
@@ -107,7 +109,8 @@ static inline void recur(long rows, long count, REAL (*error)[CHUNK], REAL (*fac
     if (!__builtin_isfinite(last[k])) {
       last[k] = behind[k];
       for (long t = count - 1; t >= 0; t--)
-        found[k][t] = last[k] = error[k][t] + (factor[k][t] != 0 ? factor[k][t] * last[k] : 0);
+        found[k][t] = last[k] =
+            factor[k][t] != 0 ? error[k][t] + factor[k][t] * last[k] : error[k][t];
     }
     behind[k] = last[k];
   }
@@ -133,7 +136,7 @@ static void estimate_some(const Arguments *a, long first_row, long rows) {
   for (long end = a->steps; end > 0; end -= CHUNK) {
     long first = end > CHUNK ? end - CHUNK : 0, count = end - first;
     for (long k = 0; k < rows; k++) {
-      if (first >= CHUNK) fetch_chunk(a, (first_row + k) * a->steps + first - CHUNK);
+      fetch_chunk(a, first_row + k, first);
       errors_of(a, first_row + k, first, count, value_behind + k, error[k], factor[k]);
     }
     if (rows == SIDE_BY_SIDE)

@@ -226,6 +226,7 @@ void row_pairs_to_slopes(long rows, long columns, long stride, float scale, int 
 
 /* Zero in every page of memory that holds nothing yet. */
 void take_pages(long bytes, long page, int threads, char *memory) {
-#pragma omp parallel for num_threads(threads) if (threads > 1 && bytes >= LARGE)
+#pragma omp parallel for num_threads(threads) if (threads > 1 && bytes >= 4 * LARGE)
   for (long i = 0; i < bytes; i += page) memory[i] = 0;
+  if (bytes > 0) memory[bytes - 1] = 0;
 }

@@ -1,6 +1,7 @@
 """What is done to a block of logits: sums over its rows, and slopes in its place; their memory.
 
-In C for float32 on a CPU, where there is a compiler for it; else by bodies for torch.compile.
+In C for float32 on a CPU (memory is taken for any dtype), where there is a compiler for it; else by
+bodies for torch.compile.
 """
 
 import ctypes

@@ -246,9 +246,9 @@ class _LogitStore:
         one = self._tile(rows)
         most = min(self._kept_bytes, len(self._parts) * one.nbytes)
         if self._kept.nbytes < most:
-            size = most // one.logits_dtype.itemsize
-            self._kept = self._kept.new_empty(size, dtype=one.logits_dtype)
-            take_pages(self._kept)
+            itemsize = one.logits_dtype.itemsize
+            self._kept = self._kept.new_empty(most // itemsize, dtype=one.logits_dtype)
+            take_pages(self._kept[: count * one.nbytes // itemsize])
         return self._in_memory(rows, self._kept)[:count]
 
     def _in_memory(self, rows: int, memory: Tensor) -> list[blocks.Tile]:

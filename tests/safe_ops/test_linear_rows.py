@@ -216,3 +216,16 @@ def test_no_product_is_the_first_to_write_into_the_gradient_of_a_weight(
         if start <= place:
             place = max(place, stop)
     assert place >= end
+
+
+def test_no_page_is_taken_that_the_fused_loss_does_not_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    room = blocks.CPU_ROOM._replace(kept_bytes=200 * 1024)
+    monkeypatch.setattr(blocks, "CPU_ROOM", room)
+    taken: list[Tensor] = []
+    monkeypatch.setattr(sys.modules["safe_ops.linear_loss"], "take_pages", taken.append)
+    hidden, weight = torch.randn(112, 200), torch.randn(1000, 200, requires_grad=True)
+    OPS["linear_loss"](hidden, weight, torch.arange(112)).sum().backward()
+    gradient, kept = taken
+    assert gradient.shape == weight.shape
+    # Room for 224 tokens: the logits of three blocks lie apart, the others where the gradient will.
+    assert kept.numel() == 3 * 64 * 112
