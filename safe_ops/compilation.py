@@ -102,8 +102,8 @@ def compile_backend() -> str | None:
 
     Unless ``set_compile_backend`` has said otherwise, inductor where a C++ compiler is found and
     None elsewhere: the results are the same up to rounding, the bodies take longer. Where it is
-    inductor and there is a C compiler, the advantages run in C on a CPU, and so does what the ops on
-    hidden states do to float32 logits.
+    inductor and there is a C compiler, the advantages run in C on a CPU, and what the ops on hidden
+    states do to float32 logits.
 
     Returns:
         The name of a registered backend, or None.
