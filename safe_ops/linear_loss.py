@@ -191,13 +191,16 @@ class _LogitStore:
         self._kept = hidden.new_empty(0)
         self._first = True
         self._kept_bytes = blocks.room(hidden.device).kept_bytes
-        row_bytes = self._tile(0).logits_dtype.itemsize * weight.shape[0]
+        block, itemsize = min(block_size, weight.shape[0]), self._tile(0).logits_dtype.itemsize
+        # A product of half precision sums in float32, in memory of its own.
+        self._sums = 4 // itemsize if itemsize < 4 else 0
+        row_bytes = itemsize * (weight.shape[0] + self._sums * block)
         self.rows = max(blocks.whole_tiles(self._kept_bytes // row_bytes), FEWEST_ROWS)
         if chosen.has_fused(hidden, weight):
             self._kept_bytes, self.rows = 0, blocks.tile_rows(hidden, block_size)
         self.first_rows, self._apart_at_first = self.rows, 0
         if d_weight.shape == weight.shape and d_weight.dtype == self._tile(0).logits_dtype:
-            self._plan_first_chunk(min(block_size, weight.shape[0]))
+            self._plan_first_chunk(block)
         if self._apart_at_first:
             take_pages(d_weight)
 
@@ -213,11 +216,9 @@ class _LogitStore:
         n, gradient = len(self._parts), block * weight.shape[1]
         itemsize = self._tile(0).logits_dtype.itemsize
         kept = self._kept_bytes // itemsize
-        # A product of half precision sums in float32, in memory of its own.
-        sums = 4 // itemsize if itemsize < 4 else 0
         row = blocks.row_stride(block, hidden.device)
         for k in range(1, n):
-            rows = min(kept // (k + sums), (n - 1) * gradient // (n - k)) // row
+            rows = min(kept // (k + self._sums), (n - 1) * gradient // (n - k)) // row
             if rows >= self.first_rows + blocks.ROW_TILE:
                 self.first_rows, self._apart_at_first = blocks.whole_tiles(rows), k
 
@@ -238,7 +239,7 @@ class _LogitStore:
 
     def _some_shared(self, rows: int) -> list[blocks.Tile]:
         one, n = self._tile(rows), len(self._parts)
-        tiles = self._apart(rows, min(n, self._kept_bytes // one.nbytes))
+        tiles = self._apart(rows, max(0, min(n, self._kept_bytes // one.nbytes - self._sums)))
         return tiles + [one] * (n - len(tiles))
 
     def _apart(self, rows: int, count: int) -> list[blocks.Tile]:

@@ -1,6 +1,7 @@
 """Against ``linear_log_probs`` and its backward, and against float64."""
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +36,8 @@ def test_value_and_gradients_are_those_of_linear_log_probs(
     dtype: torch.dtype, masked: bool, rows: int, kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Several chunks. No logits are kept, but those of one block; or those of 3 blocks of the first
-    # 32 rows, 4 more in the gradient's memory, and 6 of the 7 blocks of later chunks.
+    # 32 rows, 4 more in the gradient's memory, and 6 of the 7 blocks of later chunks (4 of them in
+    # half precision).
     kept_bytes = kept * dtype.itemsize
     monkeypatch.setattr(blocks, "CPU_ROOM", blocks.CPU_ROOM._replace(kept_bytes=kept_bytes))
     monkeypatch.setitem(op.__globals__, "FEWEST_ROWS", rows)
@@ -175,3 +177,27 @@ def test_errors_name_the_argument(name: str) -> None:
     with pytest.raises(ValueError, match=re.escape(said[0])) as caught:
         linear_loss(*arguments)
     assert all(part in str(caught.value) for part in said), str(caught.value)
+
+
+def test_half_precision_leaves_room_for_the_sums_of_a_product(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    room = blocks.CPU_ROOM._replace(kept_bytes=160 * 2 * (1024 + 2 * 64))
+    monkeypatch.setattr(blocks, "CPU_ROOM", room)
+    logits = blocks.Tile.logits
+    tiles: dict[int, int] = {}
+    sums: list[int] = []
+
+    def recorded(tile: blocks.Tile, *arguments: Any) -> Tensor:
+        z = logits(tile, *arguments)
+        tiles[z.data_ptr()] = tile.nbytes
+        sums.append(4 * z.numel())
+        return z
+
+    monkeypatch.setattr(blocks.Tile, "logits", recorded)
+    hidden = torch.randn(300, 8, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(1024, 8, dtype=torch.bfloat16)
+    tokens = torch.arange(300)
+    linear_loss(hidden, weight, tokens, lambda log_prob, entropy, index: log_prob, block_size=64)
+    assert len(tiles) == 16
+    assert sum(tiles.values()) + max(sums) <= room.kept_bytes
